@@ -1,0 +1,78 @@
+"""The verb ``inspect``: what a bundle or an ONNX file holds, without reading a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sdopt import graph, modelfile
+from sdopt.bundle import Bundle, Stage
+from sdopt.manifest import RECORD_KEY
+
+
+def inspect(path: str | Path, component: str | None = None) -> dict[str, Any]:
+    """Describe a bundle (its components and stages) or one ONNX file, as plain data.
+
+    Raises:
+        SdoptError: neither a bundle nor an ONNX file.
+    """
+    where = Path(path)
+    if where.suffix == ".onnx":
+        model = modelfile.load(where)
+        data = {"file": str(where), **describe(model)}
+        data["record"] = model.metadata_props.get(RECORD_KEY)
+        return data
+    bundle = Bundle.open(where)
+    names = [component] if component else list(bundle.components)
+    return {
+        "bundle": str(where),
+        "origin": bundle.manifest.origin,
+        "family": bundle.manifest.family,
+        "components": {
+            name: {
+                "role": bundle.entry(name).role,
+                "stages": [
+                    _stage(bundle, bundle.stage(name, stage)) for stage in bundle.stages(name)
+                ],
+            }
+            for name in names
+        },
+    }
+
+
+def describe(model: ir.Model) -> dict[str, Any]:
+    """Signature, operator counts, and bytes of weights of one graph."""
+    tensors = [value.const_value for value in modelfile.initializers(model)]
+    return {
+        "opset": graph.opset(model),
+        "inputs": [_signature(value) for value in model.graph.inputs],
+        "outputs": [_signature(value) for value in model.graph.outputs],
+        "nodes": sum(1 for _ in graph.nodes(model)),
+        "ops": graph.op_counts(model),
+        "weight_bytes": sum(tensor.nbytes for tensor in tensors if tensor is not None),
+    }
+
+
+def _stage(bundle: Bundle, stage: Stage) -> dict[str, Any]:
+    record = stage.record
+    stale = False
+    if record.source_stage in bundle.stages(stage.component):
+        stale = bundle.stage(stage.component, record.source_stage).digest != record.source
+    return {
+        "name": stage.name,
+        "file": str(stage.path.relative_to(bundle.path)),
+        "digest": stage.digest,
+        "made_from": record.source_stage or "the checkpoint",
+        "stale": stale,
+        "dtype": record.dtype,
+        "history": [step.spec for step in record.history],
+        "versions": record.versions,
+        **describe(stage.load()),
+    }
+
+
+def _signature(value: ir.Value) -> dict[str, Any]:
+    dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or []]
+    return {"name": value.name, "dtype": str(value.dtype), "shape": dims}

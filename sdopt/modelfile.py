@@ -1,0 +1,140 @@
+"""One ONNX file on disk: opened without its weights, saved by a single rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError, EncodeError
+
+from sdopt import datafile
+from sdopt.errors import BundleError, WeightsError
+from sdopt.weights import INLINE_BYTES, check_location
+
+DIGEST_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save left: the file's digest and the bytes of new weights beside it."""
+
+    digest: str
+    bytes_written: int
+
+
+def load(path: Path) -> ir.Model:
+    """Open an ONNX file; weights stay ranges of their files, each checked to be there in full.
+
+    Raises:
+        BundleError: no such file, or not an ONNX file.
+        WeightsError: external data that is missing, short, or outside the folder.
+    """
+    try:
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise BundleError("no such ONNX file", where=str(path)) from error
+    except (DecodeError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(
+            "this is not an ONNX file, or it is cut short",
+            where=str(path),
+            why=str(error),
+            hint="export or copy it again",
+        ) from error
+    for value in initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            check_location(value.const_value)
+    return model
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Every initializer of the main graph and its subgraphs."""
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+def save(model: ir.Model, path: Path) -> Saved:
+    """Write ``model`` to ``path``: new weights first, then the graph by one rename.
+
+    Weights that already lie in the folder stay where they are; ranges of files elsewhere are
+    copied by the kernel; computed tensors are streamed. A kill at any moment leaves the previous
+    file of that name whole, with its data.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+        WeightsError: a weight's source is missing or short.
+    """
+    folder = path.parent
+    pending: dict[int, ir.TensorProtocol] = {}
+    holders: list[ir.Value] = []
+    for value in initializers(model):
+        tensor = value.const_value
+        if tensor is None:
+            raise WeightsError(f"the initializer {value.name} has no value", where=str(path))
+        if isinstance(tensor, ir.ExternalTensor) and _inside(tensor, folder):
+            value.const_value = _rebased(tensor, folder)
+        elif tensor.nbytes > INLINE_BYTES:
+            pending[id(tensor)] = tensor
+            holders.append(value)
+        elif not isinstance(tensor, (ir.Tensor, ir.TensorProtoTensor, ir.StringTensor)):
+            value.const_value = ir.Tensor(
+                tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name
+            )
+    tensors = list(pending.values())
+    written, count = datafile.write(tensors, folder, path.stem)
+    ranges = dict(zip(pending, written, strict=True))
+    for value in holders:
+        value.const_value = ranges[id(value.const_value)]
+    try:
+        data = ir.to_proto(model).SerializeToString(deterministic=True)
+    except (EncodeError, ValueError) as error:
+        raise WeightsError(
+            "the graph itself passes protobuf's 2 GiB limit", where=str(path), why=str(error)
+        ) from error
+    datafile.write_bytes(path, data)
+    return Saved(digest_of(data), count)
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of an ONNX file's bytes; its data files' names carry their own."""
+    return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
+
+
+def data_files(path: Path) -> set[str]:
+    """The names of the files that an ONNX file's weights lie in, relative to its folder."""
+    model = ir.load(path)
+    tensors = (value.const_value for value in initializers(model))
+    return {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+
+
+def remove_orphans(path: Path) -> None:
+    """Remove data files of the stage at ``path`` that no ONNX file in its folder points into."""
+    folder, used = path.parent, data_files(path)
+    names = {p.name for p in folder.iterdir() if datafile.is_data_name(p.name, path.stem)}
+    if not names - used:
+        return
+    for other in folder.glob("*.onnx"):
+        used |= data_files(other)
+    for name in names - used:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _inside(tensor: ir.ExternalTensor, folder: Path) -> bool:
+    return os.path.realpath(tensor.path).startswith(os.path.join(os.path.realpath(folder), ""))
+
+
+def _rebased(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    """The same range, its location relative to ``folder`` and nothing but offset and length."""
+    check_location(tensor)
+    return ir.ExternalTensor(
+        os.path.relpath(os.path.realpath(tensor.path), os.path.realpath(folder)),
+        tensor.offset or 0,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+        base_dir=folder,
+    )

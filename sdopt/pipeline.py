@@ -1,0 +1,222 @@
+"""A pipeline is a value: parsed from text, printed back to it, planned, and run with checks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import CheckerPass
+
+from sdopt import graph, registry, spec
+from sdopt.errors import PassError, SdoptError, SpecError, UnknownNameError
+from sdopt.fingerprint import fingerprint
+from sdopt.manifest import Step
+from sdopt.modelfile import initializers
+from sdopt.passes.base import Pass, PassContext, Role
+from sdopt.passes.presets import PRESETS
+from sdopt.report import PassReport
+
+Signature = list[tuple[str | None, str]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order they run."""
+
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read ``clean,fuse_qkv,tome=5:ratio=0.5,@fast`` or the path of a recipe file.
+
+        A recipe file ends in ``.recipe`` or ``.txt`` and holds the same items, one or more to a
+        line, with ``#`` comments.
+
+        Raises:
+            SpecError: text that cannot be read, a wrong option, or a pass before one that must
+                precede it.
+            UnknownNameError: an unknown pass or preset, with a caret and the nearest names.
+        """
+        if text.endswith((".recipe", ".txt")):
+            text = _read_recipe(Path(text))
+        passes = tuple(_expand(spec.parse(text), text))
+        _check_order(passes, text)
+        return cls(passes)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def for_role(self, role: Role) -> Pipeline:
+        """Only the passes that apply to components of that role."""
+        return Pipeline(tuple(p for p in self.passes if role in p.roles))
+
+    def refuse_repeats(self, history: Iterable[Step], where: str) -> None:
+        """Refuse a pass that must run once and is in the stage's history already.
+
+        Raises:
+            SdoptError: naming the pass and how to start from a stage without it.
+        """
+        done = {item.name for step in history for item in spec.parse(step.spec)}
+        for one in self.passes:
+            if one.once and one.name() in done:
+                raise SdoptError(
+                    f"{one.name()} was applied to this stage already",
+                    where=where,
+                    why="a second application would not be the same as one",
+                    hint="start from a stage without it: --from model",
+                )
+
+    def run(self, model: ir.Model, ctx: RunContext) -> list[PassReport]:
+        """Apply each pass, checking the graph between them; returns one report per pass.
+
+        Raises:
+            PassError: a pass failed or broke an invariant; names it and the ones before it.
+        """
+        reports: list[PassReport] = []
+        for one in self.passes:
+            if ctx.progress:
+                ctx.progress(str(one))
+            try:
+                reports.append(_run_one(one, model, ctx))
+            except SdoptError:
+                raise
+            except Exception as error:
+                before = ", ".join(r.spec for r in reports) or "none"
+                raise PassError(
+                    f"the pass {one} failed",
+                    where=ctx.component,
+                    why=f"{type(error).__name__}: {error} (passes before it: {before})",
+                    hint="this is a bug in the pass: run without it, and report it with the model",
+                ) from error
+        return reports
+
+
+@dataclass
+class RunContext:
+    """What the passes of one run are told about the component they rewrite."""
+
+    component: str = "model"
+    role: Role = Role.MODEL
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    target: str | None = None
+    progress: Progress | None = None
+
+
+def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
+    before, ops_before, signature = fingerprint(model), graph.op_counts(model), _io(model)
+    known = {id(value.const_value) for value in initializers(model)}
+    ctx = PassContext(
+        model=model, role=run.role, config=run.config, seed=run.seed, target=run.target
+    )
+    start = time.perf_counter()
+    one.apply(model, ctx)
+    seconds = time.perf_counter() - start
+    changed = fingerprint(model) != before
+    if changed:
+        _check(one, model, signature, run.component)
+    ops_after = graph.op_counts(model)
+    new = (v.const_value for v in initializers(model))
+    return PassReport(
+        spec=str(one),
+        numerics=one.exactness().value,
+        seconds=seconds,
+        nodes_before=sum(ops_before.values()),
+        nodes_after=sum(ops_after.values()),
+        ops_before=ops_before,
+        ops_after=ops_after,
+        rewrites={name: count for name, count in ctx.rewrites.items() if count},
+        skips=tuple(ctx.skips),
+        notes=tuple(ctx.notes),
+        new_bytes=sum(t.nbytes for t in new if t is not None and id(t) not in known),
+        changed=changed,
+    )
+
+
+def _io(model: ir.Model) -> tuple[Signature, Signature]:
+    return (
+        [(value.name, str(value.type)) for value in model.graph.inputs],
+        [(value.name, str(value.type)) for value in model.graph.outputs],
+    )
+
+
+def _check(
+    one: Pass, model: ir.Model, signature: tuple[Signature, Signature], component: str
+) -> None:
+    """The invariants that hold between passes, whoever wrote them."""
+
+    def broken(why: str) -> PassError:
+        return PassError(
+            f"the pass {one} broke the graph",
+            where=component,
+            why=why,
+            hint="this is a bug in the pass: run without it, and report it with the model",
+        )
+
+    if not one.changes_interface() and _io(model) != signature:
+        raise broken(f"inputs and outputs were {signature} and are {_io(model)}")
+    names: set[str] = set()
+    names.update(value.name or "" for value in model.graph.inputs)
+    names.update(model.graph.initializers)
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.name not in names:
+                raise broken(f"{graph.module_path(node)} reads {value.name!r} before it is made")
+        for value in node.outputs:
+            if value.name and value.name in names:
+                raise broken(f"two values are called {value.name!r}")
+            names.add(value.name or "")
+    for value in initializers(model):
+        if value.const_value is None:
+            raise broken(f"the weight {value.name!r} has no value")
+    try:
+        CheckerPass(full_check=False)(model)
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        raise broken(f"onnx's checker says: {error}") from error
+
+
+def _expand(items: Iterable[spec.Item], text: str) -> Iterable[Pass]:
+    for item in items:
+        if item.name.startswith("@"):
+            name = item.name[1:]
+            if name not in PRESETS:
+                raise _unknown(item, f"unknown preset {item.name!r}", name, PRESETS)
+            yield from _expand(spec.parse(PRESETS[name]), text)
+            continue
+        known = registry.table("passes")
+        if item.name not in known:
+            raise _unknown(item, f"unknown pass {item.name!r}", item.name, known)
+        yield spec.bind(registry.resolve("passes", item.name), item)
+
+
+def _unknown(item: spec.Item, message: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    start = item.span[0]
+    pointed = spec.pointed(message, item.text, (start, start + len(item.name)))
+    return UnknownNameError(message, where=pointed.where, hint=spec.suggest(name, known))
+
+
+def _check_order(passes: tuple[Pass, ...], text: str) -> None:
+    names = [one.name() for one in passes]
+    for index, one in enumerate(passes):
+        for earlier in one.after:
+            if earlier in names[index + 1 :] and earlier not in names[:index]:
+                raise SpecError(
+                    f"{one.name()} must come after {earlier}",
+                    where=text,
+                    hint=f"move {earlier} in front of {one.name()}",
+                )
+
+
+def _read_recipe(path: Path) -> str:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise SpecError("the recipe cannot be read", where=str(path), why=str(error)) from error
+    parts = (line.split("#", 1)[0].strip().rstrip(",") for line in lines)
+    return ",".join(part for part in parts if part)

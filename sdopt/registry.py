@@ -1,0 +1,78 @@
+"""Lazy tables from a word to the class behind it, and the plug-ins that add to them."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sdopt.errors import SdoptError, UnknownNameError
+from sdopt.spec import suggest
+
+PASSES: dict[str, str] = {
+    "clean": "sdopt.passes.clean:Clean",
+    "fuse_qkv": "sdopt.passes.fuse_qkv:FuseQkv",
+    "pad_align": "sdopt.passes.pad_align:PadAlign",
+    "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
+    "tome": "sdopt.passes.tome:Tome",
+}
+"""Built-in passes: CLI word to ``module:Class``."""
+
+TARGETS: dict[str, str] = {
+    "ort": "sdopt.targets.ort:Ort",
+}
+"""Built-in targets: CLI word to ``module:Class``."""
+
+_BUILT_IN = {"passes": PASSES, "targets": TARGETS}
+
+
+@cache
+def table(kind: str) -> dict[str, str]:
+    """Every name of a kind (``passes`` or ``targets``) with its ``module:Class``.
+
+    Packages add names through the entry-point groups ``sdopt.passes`` and ``sdopt.targets``.
+
+    Raises:
+        SdoptError: two packages claim one name, or a plug-in claims a built-in one.
+    """
+    known = dict(_BUILT_IN[kind])
+    owner = dict.fromkeys(known, "sdopt")
+    for point in sorted(entry_points(group=f"sdopt.{kind}"), key=lambda p: p.name):
+        if known.get(point.name, point.value) != point.value:
+            raise SdoptError(
+                f"two packages provide the {kind} name {point.name!r}",
+                why=f"{owner[point.name]} and {_package(point)}",
+                hint="uninstall one of them, or rename the plug-in's entry point",
+            )
+        known[point.name], owner[point.name] = point.value, _package(point)
+    return known
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The class behind ``name``, imported now.
+
+    Raises:
+        UnknownNameError: with the nearest known names.
+        SdoptError: the plug-in that provides it cannot be imported.
+    """
+    known = table(kind)
+    if name not in known:
+        singular = {"passes": "pass", "targets": "target"}[kind]
+        raise UnknownNameError(f"unknown {singular} {name!r}", hint=suggest(name, known))
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if module.split(".")[0] == "sdopt":
+            raise
+        raise SdoptError(
+            f"the plug-in behind {name!r} cannot be loaded",
+            where=known[name],
+            why=str(error),
+            hint="reinstall or remove that package",
+        ) from error
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value

@@ -1,0 +1,232 @@
+"""Weights that never pass through memory: byte ranges of files, and tensors computed block-wise.
+
+Two kinds of initializer exist in sdopt: a range of a file (``onnx_ir.ExternalTensor``) and a
+``BlockTensor`` whose bytes are produced in blocks of at most ``BLOCK_BYTES`` while it is streamed
+to disk. Nothing here holds a whole weight.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from sdopt.errors import WeightsError
+
+BLOCK_BYTES = 16 << 20
+"""The most bytes of one tensor that are in memory at once."""
+
+INLINE_BYTES = 1024
+"""Tensors up to this size live inside the ONNX file, as every tool expects of shapes and scalars."""
+
+Blocks = Iterator[np.ndarray]
+
+
+class BlockTensor(ir.LazyTensor):
+    """A computed tensor that yields its elements in row-major order as flat arrays.
+
+    ``blocks`` is called once per evaluation and must yield exactly ``shape``'s elements. Writing
+    (``tofile``) holds one block; ``numpy`` holds the whole tensor and is meant for tests.
+    """
+
+    def __init__(
+        self,
+        blocks: Callable[[], Blocks],
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        name: str = "",
+    ) -> None:
+        self._blocks = blocks
+        dims = ir.Shape(tuple(shape))
+        super().__init__(self._gather, dtype=dtype, shape=dims, name=name)
+
+    def blocks(self) -> Blocks:
+        """The elements, in order, as flat arrays of the tensor's dtype."""
+        return self._blocks()
+
+    def _gather(self) -> ir.TensorProtocol:
+        parts = list(self._blocks())
+        flat = np.concatenate(parts) if parts else np.empty(0, self.dtype.numpy())
+        array = flat.reshape(self.shape.numpy())
+        return ir.Tensor(array, dtype=self.dtype, name=self.name)
+
+
+def read_blocks(tensor: ir.TensorProtocol, block_bytes: int = BLOCK_BYTES) -> Blocks:
+    """Yield ``tensor``'s elements as flat arrays of at most ``block_bytes`` bytes.
+
+    An external tensor is read with plain reads at its offset, so no mapping of the file stays
+    resident (mapping it would count the whole file into RSS and, under a limit on the address
+    space, fail for large files).
+
+    Raises:
+        WeightsError: the file is shorter than the tensor says.
+    """
+    if isinstance(tensor, BlockTensor):
+        yield from tensor.blocks()
+        return
+    dtype = tensor.dtype.numpy()
+    step = max(1, block_bytes // dtype.itemsize)
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
+        flat = tensor.numpy().reshape(-1)
+        for start in range(0, flat.size, step):
+            yield flat[start : start + step]
+        return
+    check_location(tensor)
+    with open(tensor.path, "rb", buffering=0) as file:
+        position, left = tensor.offset or 0, tensor.nbytes
+        while left:
+            count = min(left, step * dtype.itemsize)
+            data = os.pread(file.fileno(), count, position)
+            data = data[: len(data) - len(data) % dtype.itemsize]
+            if not data:
+                raise WeightsError(
+                    f"{tensor.name}: the weights file ends before the tensor does",
+                    where=tensor.path,
+                    why=f"{left} bytes are missing at offset {position}",
+                    hint="the file is truncated: download or copy it again",
+                )
+            yield np.frombuffer(data, dtype)
+            position += len(data)
+            left -= len(data)
+
+
+def check_location(tensor: ir.ExternalTensor) -> None:
+    """Refuse an external tensor that leaves its folder or does not fit in its file.
+
+    Raises:
+        WeightsError: absolute or ``..`` location, link out of the folder, missing or short file.
+    """
+    location, folder = str(tensor.location), Path(tensor.base_dir or ".")
+    path = folder / location
+    inside = not os.path.isabs(location) and os.path.realpath(path).startswith(
+        os.path.join(os.path.realpath(folder), "")
+    )
+    if not inside:
+        raise WeightsError(
+            f"{tensor.name}: its external data lies outside the model's folder",
+            where=location,
+            why="a model may only read weights beside its own ONNX file",
+            hint="put the data file beside the ONNX file and store its bare name as location",
+        )
+    if not path.is_file():
+        raise WeightsError(
+            f"{tensor.name}: its external data file is missing",
+            where=str(path),
+            hint="copy the data file beside the ONNX file",
+        )
+    end = (tensor.offset or 0) + tensor.nbytes
+    if (tensor.offset or 0) < 0 or end > path.stat().st_size:
+        raise WeightsError(
+            f"{tensor.name}: its bytes lie past the end of the weights file",
+            where=f"{path} ({path.stat().st_size} bytes, {end} needed)",
+            hint="the file is truncated or belongs to another model: copy it again",
+        )
+
+
+def cast(
+    tensor: ir.TensorProtocol, dtype: ir.DataType, *, saturate: bool = False
+) -> ir.TensorProtocol:
+    """``tensor`` in another float type, computed block by block when written.
+
+    With ``saturate`` what the type cannot hold becomes its largest finite number (an attention
+    mask of ``-inf``, say); without it, infinity, as a plain cast does.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    target = dtype.numpy()
+    limit = largest(dtype)
+
+    def blocks() -> Blocks:
+        with np.errstate(over="ignore"):
+            for block in read_blocks(tensor):
+                clipped = np.clip(block, -limit, limit) if saturate else block
+                yield clipped.astype(target)
+
+    return BlockTensor(blocks, dtype, tensor.shape.numpy(), name=tensor.name or "")
+
+
+def concat(
+    tensors: Sequence[ir.TensorProtocol], axis: int = 0, name: str = ""
+) -> ir.TensorProtocol:
+    """Concatenate along ``axis``, block by block; along 0 the bytes simply follow each other.
+
+    Raises:
+        ValueError: the tensors differ in dtype or in a dimension other than ``axis``.
+    """
+    shapes = [list(tensor.shape.numpy()) for tensor in tensors]
+    dtype = tensors[0].dtype
+    others = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
+    if len(others) != 1 or any(tensor.dtype != dtype for tensor in tensors):
+        raise ValueError(f"cannot concatenate {shapes} along axis {axis}")
+    total = sum(shape[axis] for shape in shapes)
+    rows = math.prod(shapes[0][:axis])
+    widths = [math.prod(shape[axis:]) for shape in shapes]
+
+    def blocks() -> Blocks:
+        if rows == 1:
+            for tensor in tensors:
+                yield from read_blocks(tensor)
+            return
+        step = max(1, BLOCK_BYTES // (sum(widths) * dtype.numpy().itemsize))
+        parts = [rechunk(read_blocks(t), step * w) for t, w in zip(tensors, widths, strict=True)]
+        for group in zip(*parts, strict=True):
+            columns = [part.reshape(-1, w) for part, w in zip(group, widths, strict=True)]
+            yield np.concatenate(columns, axis=1).reshape(-1)
+
+    shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
+    return BlockTensor(blocks, dtype, shape, name=name)
+
+
+def rechunk(blocks: Iterable[np.ndarray], count: int) -> Blocks:
+    """The same elements in flat arrays of exactly ``count``, the last one shorter."""
+    held: list[np.ndarray] = []
+    size = 0
+    for block in blocks:
+        held.append(block)
+        size += block.size
+        if size >= count:
+            joined = np.concatenate(held)
+            whole = joined.size - joined.size % count
+            for start in range(0, whole, count):
+                yield joined[start : start + count]
+            held, size = [joined[whole:]], joined.size - whole
+    if size:
+        yield np.concatenate(held)
+
+
+def full(shape: Sequence[int], value: float, dtype: ir.DataType, name: str = "") -> BlockTensor:
+    """A tensor of ``shape`` filled with ``value``, block by block."""
+    size = math.prod(shape)
+    step = max(1, BLOCK_BYTES // dtype.numpy().itemsize)
+
+    def blocks() -> Blocks:
+        for start in range(0, size, step):
+            yield np.full(min(step, size - start), value, dtype.numpy())
+
+    return BlockTensor(blocks, dtype, shape, name=name)
+
+
+def largest(dtype: ir.DataType) -> float:
+    """The largest finite number of a float type (65504 for float16)."""
+    return float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
+
+
+def extremes(tensor: ir.TensorProtocol) -> tuple[float, float]:
+    """The smallest and the largest value of a float tensor, read block by block (0, 0 if empty)."""
+    low = high = 0.0
+    for block in read_blocks(tensor):
+        if block.size:
+            wide = block if block.dtype.itemsize > 2 else block.astype(np.float32)
+            low, high = min(low, float(wide.min())), max(high, float(wide.max()))
+    return low, high
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Drop the mapping that ``numpy()`` of an external tensor leaves behind."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
