@@ -1,0 +1,118 @@
+"""``inspect``, ``compare``, ``passes`` and ``targets``: the verbs that only look."""
+
+from __future__ import annotations
+
+import inspect as pyinspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdopt.cli import render
+
+Json = Annotated[bool, typer.Option("--json", help="Print plain data as JSON on stdout.")]
+
+
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A bundle or one FILE.onnx; the current folder by default.")
+    ] = Path(),
+    component: Annotated[
+        str | None, typer.Option("--component", "-c", help="Only this component.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show components, stages, passes applied, operators and sizes; reads no weight."""
+    from sdopt import api
+
+    data = api.inspect(path, component)
+    if as_json:
+        render.dump(data)
+    elif "bundle" in data:
+        render.result(f"{data['bundle']}: {data['family']} from {data['origin']}")
+        for name, one in data["components"].items():
+            render.result(f"{name} ({one['role']})")
+            for stage in one["stages"]:
+                _stage(stage)
+    else:
+        render.result(data["file"])
+        _graph(data)
+
+
+def _stage(one: dict[str, Any]) -> None:
+    history = ",".join(one["history"]) or "as exported"
+    stale = " STALE: its source has changed since" if one["stale"] else ""
+    render.result(f"  {one['name']:<12} {one['file']}  {one['digest']}  {one['dtype']}{stale}")
+    render.result(f"    from {one['made_from']}: {history}")
+    _graph(one)
+
+
+def _graph(one: dict[str, Any]) -> None:
+    for kind in ("inputs", "outputs"):
+        for value in one[kind]:
+            shape = ", ".join(map(str, value["shape"]))
+            render.result(f"    {kind[:-1]:<6} {value['name']}: {value['dtype']} [{shape}]")
+    top = ", ".join(f"{count} {name}" for name, count in list(one["ops"].items())[:8])
+    weights = render.size(one["weight_bytes"])
+    render.result(f"    opset {one['opset']}, {one['nodes']} nodes ({top}), {weights} of weights")
+
+
+def compare(
+    a: Annotated[
+        str, typer.Argument(help="A bundle (BUNDLE@STAGE), FILE.onnx or diffusers folder.")
+    ],
+    b: Annotated[str, typer.Argument(help="What to compare it with.")],
+    component: Annotated[
+        list[str] | None, typer.Option("--component", "-c", help="Only this component.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the same seeded inputs through both and judge the distance; exit code 1 if too far."""
+    from sdopt import api
+
+    with render.progress("compare") as tell:
+        found = api.compare(a, b, components=component, seed=seed, progress=tell)
+    if as_json:
+        render.dump(found.to_json())
+    else:
+        for line in found.lines():
+            render.result(line)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def passes(
+    name: Annotated[str | None, typer.Argument(help="Show this pass's page.")] = None,
+) -> None:
+    """List the passes, or show what one does, when it applies, and its options."""
+    from sdopt import registry
+    from sdopt.passes.presets import PRESETS
+
+    if name:
+        cls = registry.resolve("passes", name)
+        render.result(f"{name}\n\n{pyinspect.getdoc(cls)}")
+        return
+    for word in registry.table("passes"):
+        cls = registry.resolve("passes", word)
+        summary = (pyinspect.getdoc(cls) or "").split("\n", 1)[0]
+        render.result(f"{word:<18} {cls.numerics.value:<13} {summary}")
+    for preset, text in PRESETS.items():
+        render.result(f"@{preset:<17} {'preset':<13} {text}")
+
+
+def targets() -> None:
+    """List the targets, what each needs, and whether it is installed."""
+    from sdopt import registry
+    from sdopt.errors import MissingDependencyError
+
+    for word in registry.table("targets"):
+        cls = registry.resolve("targets", word)
+        target = cls()
+        summary = (pyinspect.getdoc(cls) or "").split("\n", 1)[0]
+        try:
+            target.check_available()
+            state = ", ".join(f"{name} {version}" for name, version in target.versions().items())
+        except MissingDependencyError as error:
+            state = f"missing: {error.hint}"
+        render.result(f"{word:<8} {summary} ({state})")

@@ -1,0 +1,97 @@
+"""Reports as text on stderr and as JSON or a path on stdout; progress on a terminal only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdopt.report import ComponentReport, PassReport, Report
+
+_SKIPS_SHOWN = 4
+
+
+def say(text: str) -> None:
+    """A line for people: on stderr, so that stdout holds only the result."""
+    print(text, file=sys.stderr)
+
+
+def result(text: str) -> None:
+    """The result: a path or JSON, on stdout, so that verbs pipe."""
+    print(text)
+
+
+def dump(data: Any) -> None:
+    """Plain data as JSON on stdout."""
+    result(json.dumps(data, indent=2))
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[str], None]]:
+    """A spinner that shows what is being done; silent when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label)
+        yield lambda what: bar.update(task, description=f"{label} {what}")
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that reads best."""
+    number = float(count)
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def report(one: Report, as_json: bool) -> None:
+    """One verb's report: JSON on stdout, or a summary on stderr and the path on stdout."""
+    if as_json:
+        dump(one.to_json())
+        return
+    for note in one.notes:
+        say(f"note: {note}")
+    for component in one.components:
+        _component(component)
+    say(f"{one.verb}: {len(one.components)} component(s) in {one.seconds:.1f} s")
+    result(one.bundle)
+
+
+def _component(one: ComponentReport) -> None:
+    if one.up_to_date:
+        say(f"{one.component}: stage {one.stage} is up to date ({one.digest})")
+        return
+    written = f", {size(one.bytes_written)} of weights written" if one.bytes_written else ""
+    say(f"{one.component}: stage {one.stage}, {one.nodes} nodes{written}, {one.seconds:.1f} s")
+    for note in one.notes:
+        say(f"  note: {note}")
+    for each in one.passes:
+        _pass(each)
+
+
+def _pass(one: PassReport) -> None:
+    what = (
+        ", ".join(f"{count} x {name}" for name, count in one.rewrites.items()) or "nothing to do"
+    )
+    nodes = f"{one.nodes_before} -> {one.nodes_after} nodes"
+    say(f"  {one.spec}: {what} ({nodes}, {one.seconds:.2f} s)")
+    for note in one.notes:
+        say(f"    note: {note}")
+    reasons: dict[str, list[str]] = {}
+    for skip in one.skips:
+        reasons.setdefault(skip.reason, []).append(skip.where)
+    for reason, places in list(reasons.items())[:_SKIPS_SHOWN]:
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        say(f"    left {len(places)}: {reason} (at {places[0]}{more})")
+    if len(reasons) > _SKIPS_SHOWN:
+        say(f"    left for {len(reasons) - _SKIPS_SHOWN} other reasons: see --json")

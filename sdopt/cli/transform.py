@@ -1,0 +1,140 @@
+"""``export``, ``optimize``, ``build`` and ``pack``: the verbs that write bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdopt.cli import render
+from sdopt.errors import UsageError
+
+Components = Annotated[
+    list[str] | None, typer.Option("--component", "-c", help="Only this component; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+BundleArgument = Annotated[Path, typer.Argument(help="The bundle; the current folder by default.")]
+Force = Annotated[bool, typer.Option("--force", help="Run although the stage is up to date.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Report what would be done; write nothing.")
+]
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="A diffusers folder, or a Hugging Face Hub id.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The bundle.")] = None,
+    component: Components = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; the checkpoint's by default.")
+    ] = None,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Write the graphs beside the checkpoint; copy nothing."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a model to a bundle of canonical ONNX graphs; no weight passes through memory."""
+    from sdopt import api
+
+    with render.progress("export") as tell:
+        report = api.export(
+            source, output, components=component, dtype=dtype, in_place=in_place, progress=tell
+        )
+    render.report(report, as_json)
+
+
+def optimize(
+    bundle: Annotated[
+        Path, typer.Argument(help="A bundle or one FILE.onnx; the current folder by default.")
+    ] = Path(),
+    passes: Annotated[
+        str, typer.Option("--passes", "-p", help="e.g. fuse_qkv,tome=5,@fast, or FILE.recipe")
+    ] = "@fast",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to, for one FILE.onnx.")
+    ] = None,
+    component: Components = None,
+    source: Annotated[str, typer.Option("--from", help="The stage to start from.")] = "model",
+    stage: Annotated[str, typer.Option(help="The stage to write.")] = "optimized",
+    seed: Annotated[int, typer.Option(help="Of passes that draw.")] = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite the graphs with passes; the result is a stage beside the one it came from."""
+    from sdopt import api
+
+    single = bundle.suffix == ".onnx"
+    if single and output is None:
+        raise UsageError("where to?", hint=f"sdopt optimize {bundle} -o OUT.onnx --passes ...")
+    if not single and output is not None:
+        raise UsageError(
+            "-o is for one FILE.onnx", hint="a bundle's result is a stage: --stage NAME"
+        )
+    with render.progress("optimize") as tell:
+        if single and output is not None:
+            report = api.optimize_file(
+                bundle, output, passes, seed=seed, dry_run=dry_run, progress=tell
+            )
+        else:
+            report = api.optimize(
+                bundle,
+                passes,
+                components=component,
+                source=source,
+                stage=stage,
+                seed=seed,
+                force=force,
+                dry_run=dry_run,
+                progress=tell,
+            )
+    render.report(report, as_json)
+
+
+def build(
+    bundle: BundleArgument = Path(),
+    target: Annotated[str, typer.Option("--target", "-t", help="e.g. ort, ort:threads=2")] = "ort",
+    provider: Annotated[
+        str | None, typer.Option(help="Short for ort:provider=...: cpu or cuda.")
+    ] = None,
+    component: Components = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="The stage to lower; the optimized one if any.")
+    ] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Lower the graphs for a target and prove that the artifact opens."""
+    from sdopt import api
+
+    text = target if provider is None else f"{target}:provider={provider}"
+    with render.progress("build") as tell:
+        report = api.build(
+            bundle,
+            text,
+            components=component,
+            source=source,
+            force=force,
+            dry_run=dry_run,
+            progress=tell,
+        )
+    render.report(report, as_json)
+
+
+def pack(
+    bundle: BundleArgument = Path(),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The copy's folder.")] = ...,  # type: ignore[assignment]
+    component: Components = None,
+    stage: Annotated[
+        str | None, typer.Option(help="The stage to pack; the optimized one if any.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a self-contained copy: one stage of each component and exactly its weights."""
+    from sdopt import api
+
+    with render.progress("pack") as tell:
+        report = api.pack(bundle, output, components=component, stage=stage, progress=tell)
+    render.report(report, as_json)

@@ -1,0 +1,179 @@
+"""The verb ``export``: a source's components become the raw stage of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdopt import datafile, provenance
+from sdopt.bundle import MANIFEST, RAW, Bundle
+from sdopt.errors import BundleError, SourceError, UsageError, storage_error
+from sdopt.manifest import ComponentEntry, StageRecord
+from sdopt.pipeline import Progress
+from sdopt.report import ComponentReport, Report
+
+if TYPE_CHECKING:
+    from sdopt.exporters.diffusers import DiffusersSource, Exported
+
+
+def export(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: str | None = None,
+    in_place: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Export a diffusers folder or Hugging Face Hub id to a bundle.
+
+    Args:
+        source: a folder, or ``org/name``.
+        output: the bundle's directory; with ``in_place`` it is the source folder itself.
+        components: which ones; all that the source has by default.
+        dtype: ``fp32``, ``fp16`` or ``bf16``; the checkpoint's by default.
+        in_place: write only the graphs, beside the checkpoint, pointing into its files.
+        progress: is told what is being done.
+
+    Raises:
+        SourceError, WeightsError, BundleError, StorageError: what was there before is whole.
+    """
+    from sdopt.exporters.diffusers import DiffusersSource
+    from sdopt.exporters.hub import resolve
+
+    tell = progress or (lambda _: None)
+    start = time.perf_counter()
+    folder = resolve(str(source), dtype)
+    opened = DiffusersSource(folder)
+    names = list(components or opened.component_names())
+    opened.require(names)
+    root = _root(folder, output, in_place)
+    report = Report("export", str(root), notes=list(opened.notes))
+    bundle = _bundle(root, opened, names, str(source), in_place)
+    with bundle.lock():
+        if not in_place:
+            _copy_shared(opened, root, names)
+        for name in names:
+            began = time.perf_counter()
+            tell(f"{name}: trace")
+            exported = opened.export(name, dtype)
+            _refuse_in_place_copy(exported, in_place)
+            tell(f"{name}: write")
+            component = _commit(bundle, exported, in_place)
+            component.seconds = time.perf_counter() - began
+            report.components.append(component)
+        bundle.write_manifest()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _root(folder: Path, output: str | Path | None, in_place: bool) -> Path:
+    if in_place:
+        if output is not None and Path(output).resolve() != folder.resolve():
+            raise UsageError(
+                "--in-place writes beside the checkpoint, so it takes no other output folder",
+                where=str(output),
+                hint="leave -o away, or leave --in-place away to copy the weights",
+            )
+        if any(path.is_symlink() for path in folder.glob("*/*.safetensors")):
+            raise SourceError(
+                "--in-place is refused in a Hugging Face cache",
+                where=str(folder),
+                why="its weight files are links out of their folder, which no runtime follows",
+                hint="export with -o BUNDLE, which copies the weights inside the kernel",
+            )
+        return folder
+    if output is None:
+        raise UsageError("where to?", hint="sdopt export SOURCE -o BUNDLE")
+    root = Path(output)
+    if root.is_dir() and any(root.iterdir()) and not _is_bundle(root):
+        raise BundleError(
+            "this folder is not empty and not a bundle",
+            where=str(root),
+            hint="choose a new folder; nothing was written",
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, f"make the folder {root}") from error
+    return root
+
+
+def _is_bundle(root: Path) -> bool:
+    return (root / MANIFEST).is_file() or (root / ".sdopt.lock").is_file()
+
+
+def _bundle(
+    root: Path, source: DiffusersSource, names: Sequence[str], origin: str, in_place: bool
+) -> Bundle:
+    entries = {name: _entry(source, name, in_place) for name in names}
+    label = origin if not Path(origin).exists() else Path(origin).resolve().name
+    if (root / MANIFEST).is_file():
+        known = Bundle.open(root).manifest
+        if known.origin != label:
+            raise BundleError(
+                "this bundle was exported from another source",
+                where=str(root),
+                why=f"it holds {known.origin}, not {label}",
+                hint="choose another folder for this one",
+            )
+    return Bundle.create(root, label, source.family, entries, by=provenance.sdopt_version())
+
+
+def _entry(source: DiffusersSource, name: str, in_place: bool) -> ComponentEntry:
+    role = source.role(name).value
+    if not in_place:
+        return ComponentEntry(name, role)
+    folder = source.folder_of(name)
+    return ComponentEntry(folder, role, prefix="" if folder == name else f"{name}.")
+
+
+def _copy_shared(source: DiffusersSource, root: Path, names: Sequence[str]) -> None:
+    for relative, content in source.shared_files():
+        target = root / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            datafile.write_bytes(target, content)
+        else:
+            datafile.copy_file(content, target)
+    for name in names:
+        config = root / name / "config.json"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(source.config(name), indent=2, sort_keys=True) + "\n"
+        datafile.write_bytes(config, text.encode())
+
+
+def _refuse_in_place_copy(exported: Exported, in_place: bool) -> None:
+    if in_place and exported.converted:
+        raise UsageError(
+            f"{exported.name}: --in-place cannot change the weights to {exported.dtype}",
+            why="in place means that the checkpoint's own bytes are the weights",
+            hint="leave --dtype away, or export with -o BUNDLE",
+        )
+
+
+def _commit(bundle: Bundle, exported: Exported, in_place: bool) -> ComponentReport:
+    known = provenance.versions("onnx", "onnx-ir", "torch", "diffusers", "transformers")
+    record = StageRecord(
+        component=exported.name,
+        role=exported.role.value,
+        stage=RAW,
+        source_stage="",
+        source=exported.fingerprint,
+        origin=bundle.manifest.origin,
+        family=bundle.manifest.family,
+        dtype=exported.dtype,
+        key=provenance.key([exported.fingerprint, exported.dtype, in_place, known]),
+        versions=known,
+    )
+    stage, written = bundle.commit(exported.model, record)
+    return dataclasses.replace(
+        ComponentReport(exported.name, RAW, str(stage.path), stage.digest),
+        nodes=sum(1 for _ in exported.model.graph.all_nodes()),
+        bytes_written=written,
+        notes=list(exported.notes),
+    )
