@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt import datafile, provenance
+from sdopt import datafile, modelfile, provenance
 from sdopt.bundle import MANIFEST, RAW, Bundle
 from sdopt.errors import BundleError, SourceError, UsageError, storage_error
+from sdopt.exporters.components import COMPONENTS
 from sdopt.manifest import ComponentEntry, StageRecord
 from sdopt.pipeline import Progress
 from sdopt.report import ComponentReport, Report
+from sdopt.weights import BlockTensor
 
 if TYPE_CHECKING:
     from sdopt.exporters.diffusers import DiffusersSource, Exported
@@ -47,23 +48,25 @@ def export(
 
     tell = progress or (lambda _: None)
     start = time.perf_counter()
-    folder = resolve(str(source), dtype)
+    folder = resolve(str(source), dtype, components)
     opened = DiffusersSource(folder)
     names = list(components or opened.component_names())
-    opened.require(names)
+    keys = {name: _key(opened, name, dtype, in_place) for name in names}
     root = _root(folder, output, in_place)
     report = Report("export", str(root), notes=list(opened.notes))
     bundle = _bundle(root, opened, names, str(source), in_place)
     with bundle.lock():
         if not in_place:
-            _copy_shared(opened, root, names)
+            _copy_shared(opened, root)
         for name in names:
             began = time.perf_counter()
-            tell(f"{name}: trace")
-            exported = opened.export(name, dtype)
-            _refuse_in_place_copy(exported, in_place)
-            tell(f"{name}: write")
-            component = _commit(bundle, exported, in_place)
+            component = _done(bundle, name, keys[name])
+            if component is None:
+                tell(f"{name}: trace")
+                exported = opened.export(name, dtype)
+                _refuse_in_place_copy(exported, in_place)
+                tell(f"{name}: write")
+                component = _commit(bundle, exported, keys[name], in_place)
             component.seconds = time.perf_counter() - began
             report.components.append(component)
         bundle.write_manifest()
@@ -110,7 +113,7 @@ def _is_bundle(root: Path) -> bool:
 def _bundle(
     root: Path, source: DiffusersSource, names: Sequence[str], origin: str, in_place: bool
 ) -> Bundle:
-    entries = {name: _entry(source, name, in_place) for name in names}
+    entries = {name: _entry(source.folder, name, in_place) for name in names}
     label = origin if not Path(origin).exists() else Path(origin).resolve().name
     if (root / MANIFEST).is_file():
         known = Bundle.open(root).manifest
@@ -124,31 +127,50 @@ def _bundle(
     return Bundle.create(root, label, source.family, entries, by=provenance.sdopt_version())
 
 
-def _entry(source: DiffusersSource, name: str, in_place: bool) -> ComponentEntry:
-    role = source.role(name).value
+def _entry(folder: Path, name: str, in_place: bool) -> ComponentEntry:
+    component = COMPONENTS[name]
     if not in_place:
-        return ComponentEntry(name, role)
-    folder = source.folder_of(name)
-    return ComponentEntry(folder, role, prefix="" if folder == name else f"{name}.")
+        return ComponentEntry(name, component.role.value)
+    home = component.folder if (folder / component.folder).is_dir() else "."
+    prefix = "" if component.folder == name else f"{name}."
+    return ComponentEntry(home, component.role.value, prefix)
 
 
-def _copy_shared(source: DiffusersSource, root: Path, names: Sequence[str]) -> None:
-    for relative, content in source.shared_files():
-        target = root / relative
+def _key(source: DiffusersSource, name: str, dtype: str | None, in_place: bool) -> str:
+    """A digest of everything that decides a component's raw stage."""
+    return provenance.key([source.fingerprint(name, dtype), in_place, _versions()])
+
+
+def _versions() -> dict[str, str]:
+    return provenance.versions(
+        "onnx", "onnx-ir", "onnxscript", "torch", "diffusers", "transformers"
+    )
+
+
+def _done(bundle: Bundle, name: str, key: str) -> ComponentReport | None:
+    """The raw stage on disk if it was made from the same checkpoint by the same versions."""
+    if RAW not in bundle.stages(name):
+        return None
+    stage = bundle.stage(name, RAW)
+    if stage.record.key != key:
+        return None
+    modelfile.load(stage.path)  # its data is there in full, or this says what is missing
+    return ComponentReport(name, RAW, str(stage.path), stage.digest, up_to_date=True)
+
+
+def _copy_shared(source: DiffusersSource, root: Path) -> None:
+    for file in source.shared_files():
+        target = root / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            datafile.write_bytes(target, content)
+        if file.source is not None:
+            datafile.copy_file(file.source, target)
         else:
-            datafile.copy_file(content, target)
-    for name in names:
-        config = root / name / "config.json"
-        config.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(source.config(name), indent=2, sort_keys=True) + "\n"
-        datafile.write_bytes(config, text.encode())
+            datafile.write_bytes(target, (file.text or "").encode())
 
 
 def _refuse_in_place_copy(exported: Exported, in_place: bool) -> None:
-    if in_place and exported.converted:
+    tensors = [value.const_value for value in modelfile.initializers(exported.model)]
+    if in_place and any(isinstance(tensor, BlockTensor) for tensor in tensors):
         raise UsageError(
             f"{exported.name}: --in-place cannot change the weights to {exported.dtype}",
             why="in place means that the checkpoint's own bytes are the weights",
@@ -156,8 +178,12 @@ def _refuse_in_place_copy(exported: Exported, in_place: bool) -> None:
         )
 
 
-def _commit(bundle: Bundle, exported: Exported, in_place: bool) -> ComponentReport:
-    known = provenance.versions("onnx", "onnx-ir", "torch", "diffusers", "transformers")
+def _commit(bundle: Bundle, exported: Exported, key: str, in_place: bool) -> ComponentReport:
+    if not in_place:
+        config = bundle.folder(exported.name) / "config.json"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(exported.config, indent=2, sort_keys=True) + "\n"
+        datafile.write_bytes(config, text.encode())
     record = StageRecord(
         component=exported.name,
         role=exported.role.value,
@@ -167,13 +193,15 @@ def _commit(bundle: Bundle, exported: Exported, in_place: bool) -> ComponentRepo
         origin=bundle.manifest.origin,
         family=bundle.manifest.family,
         dtype=exported.dtype,
-        key=provenance.key([exported.fingerprint, exported.dtype, in_place, known]),
-        versions=known,
+        key=key,
+        versions=_versions(),
     )
     stage, written = bundle.commit(exported.model, record)
-    return dataclasses.replace(
-        ComponentReport(exported.name, RAW, str(stage.path), stage.digest),
+    return ComponentReport(
+        exported.name,
+        RAW,
+        str(stage.path),
+        stage.digest,
         nodes=sum(1 for _ in exported.model.graph.all_nodes()),
         bytes_written=written,
-        notes=list(exported.notes),
     )
