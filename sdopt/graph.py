@@ -17,6 +17,9 @@ from sdopt import weights
 MODULE_KEY = "sdopt.module"
 """Metadata key of a node that holds its module path, such as ``down_blocks.0...attn1.to_q``."""
 
+FLOAT32_KEY = "sdopt.float32"
+"""Metadata key of a node that a later cast to half precision must leave in float32."""
+
 SMALL_ELEMENTS = 1024
 """Constants up to this many elements may be read to understand a graph (shapes, scales, axes)."""
 

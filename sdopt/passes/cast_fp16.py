@@ -80,6 +80,7 @@ class CastFp16(Pass):
     ) -> tuple[set[ir.Node], frozenset[ir.Value]]:
         """The nodes that stay in float32, and the constants whose overflow is clipped."""
         stays = _precision.phase_nodes(nodes)
+        stays |= {node for node in nodes if graph.FLOAT32_KEY in node.metadata_props}
         for entry in (entry for entry in self.keep if entry != "io"):
             found = {
                 node
