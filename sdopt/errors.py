@@ -88,6 +88,12 @@ class StorageError(SdoptError):
     exit_code = 1
 
 
+class InterruptedByUserError(SdoptError):
+    """Ctrl-C; what was there before is unchanged."""
+
+    exit_code = 130
+
+
 def storage_error(error: OSError, doing: str) -> StorageError:
     """Turn an ``OSError`` met while writing into an error that says what to do."""
     where = str(error.filename) if error.filename else None

@@ -30,7 +30,7 @@ class Tolerance:
 
 
 FP32_REASSOCIATED = 5e-6
-"""Relative L2 that reordered fp32 sums of a UNet stay under; a wrong attention scale exceeds it."""
+"""Relative L2 that reordered fp32 sums of a UNet stay under; a wrong attention scale does not."""
 
 HALF = {"float16": 5e-3, "bfloat16": 4e-2}
 """Relative L2 allowed when either side computes in that type."""

@@ -22,7 +22,7 @@ BLOCK_BYTES = 16 << 20
 """The most bytes of one tensor that are in memory at once."""
 
 INLINE_BYTES = 1024
-"""Tensors up to this size live inside the ONNX file, as every tool expects of shapes and scalars."""
+"""Tensors up to this size live inside the ONNX file, as tools expect of shapes and scalars."""
 
 Blocks = Iterator[np.ndarray]
 
@@ -217,7 +217,10 @@ def largest(dtype: ir.DataType) -> float:
 
 
 def extremes(tensor: ir.TensorProtocol) -> tuple[float, float]:
-    """The smallest and the largest value of a float tensor, read block by block (0, 0 if empty)."""
+    """The smallest and the largest value of a float tensor, or 0 if that is further out.
+
+    Reads block by block.
+    """
     low = high = 0.0
     for block in read_blocks(tensor):
         if block.size:

@@ -132,7 +132,7 @@ def test_unknown_fields_of_a_patch_release_are_ignored(tmp_path: Path) -> None:
 def test_a_garbled_manifest_is_said(tmp_path: Path, text: str) -> None:
     make_bundle(tmp_path)
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(BundleError, match="cannot be read|newer"):
+    with pytest.raises(BundleError, match=r"cannot be read|newer"):
         Bundle.open(tmp_path)
 
 

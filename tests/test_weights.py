@@ -126,7 +126,6 @@ def test_a_full_disk_leaves_nothing_behind(
     numbers: tuple[Path, np.ndarray], tmp_path: Path
 ) -> None:
     """Run where the kernel itself refuses to write beyond a file size, as a full disk does."""
-    path, _ = numbers
     out = tmp_path / "out"
     out.mkdir()
     code = (

@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 def model_of(
     body: str, weights: Mapping[str, np.ndarray] | None = None, opset: int = 23
 ) -> ir.Model:
-    """A model from ONNX text (``g (float[2,3] x) => (float[2,3] y) { ... }``) plus initializers."""
+    """A model from ONNX text, ``g (float[2] x) => (float[2] y) { ... }``, plus initializers."""
     text = f'<ir_version: 10, opset_import: ["" : {opset}]>\n{body}'
     values = [ir.tensor(array, name=name) for name, array in (weights or {}).items()]
     return ir.from_onnx_text(text, initializers=values)

@@ -12,10 +12,7 @@ def main() -> None:
     from sdopt.cli.app import app
 
     try:
-        app(standalone_mode=True)
+        app(prog_name="sdopt")
     except SdoptError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; what was there before is unchanged", file=sys.stderr)
-        sys.exit(130)

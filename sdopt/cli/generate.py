@@ -43,12 +43,12 @@ def run(
     ),
 ) -> None:
     """Make images: PNG files that carry prompt, seed, steps and the bundle's digest."""
-    from sdopt import api
-    from sdopt.runtime.generate import save_png
-
     texts = [*(prompt or []), *_lines(prompts)]
     if not texts:
         raise UsageError("what to draw?", hint='--prompt "..." or --prompts FILE')
+    from sdopt import api
+    from sdopt.runtime.generate import save_png
+
     output.mkdir(parents=True, exist_ok=True)
     with render.progress("run") as tell:
         made = api.run(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sdopt.errors import InterruptedByUserError
+
 if TYPE_CHECKING:
     from sdopt.report import ComponentReport, PassReport, Report
 
@@ -31,7 +33,21 @@ def dump(data: Any) -> None:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner that shows what is being done; silent when stderr is no terminal."""
+    """A spinner that shows what is being done; silent when stderr is no terminal.
+
+    Ctrl-C inside becomes an error that says what became of the work.
+    """
+    try:
+        with _spinner(label) as tell:
+            yield tell
+    except KeyboardInterrupt as interrupt:
+        raise InterruptedByUserError(
+            "interrupted", why="what was there before is unchanged", hint="run it again to go on"
+        ) from interrupt
+
+
+@contextmanager
+def _spinner(label: str) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -1,0 +1,122 @@
+"""The programs that the documents' numbers come from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from benchmarks import compile as compiling
+from benchmarks import make_checkpoint, measure
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint.write_checkpoint(folder, "tiny", "fp16")
+    return folder
+
+
+def test_a_checkpoint_is_a_whole_pipeline(checkpoint: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        "a cat", num_inference_steps=2, height=64, width=64, output_type="np"
+    ).images
+    assert pictures.shape == (1, 64, 64, 3)
+    assert np.isfinite(pictures).all()
+    assert pictures.std() > 0.01
+
+
+def test_weights_depend_on_name_and_seed_only(checkpoint: Path, tmp_path: Path) -> None:
+    make_checkpoint.write_checkpoint(tmp_path, "tiny", "fp32", ["vae"])
+    name = "vae/diffusion_pytorch_model.safetensors"
+    half, single = load_file(checkpoint / name), load_file(tmp_path / name)
+    assert half.keys() == single.keys()
+    for key, weight in single.items():
+        np.testing.assert_array_equal(weight.astype(np.float16), half[key])
+    assert not (tmp_path / "unet").exists()
+
+
+def test_a_weight_larger_than_a_block_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = make_checkpoint._draw("a.weight", (50, 7), seed=3)
+    monkeypatch.setattr(make_checkpoint, "BLOCK", 64)
+    blocks = list(make_checkpoint._draw("a.weight", (50, 7), seed=3))
+    assert [block.size for block in blocks] == [64] * 5 + [30]
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+    assert abs(whole).max() <= 1 / np.sqrt(7)
+
+
+def test_measure_tells_the_last_line_and_how_it_ended() -> None:
+    good = measure.measure([sys.executable, "-c", "print('a'); print('b')"], 60)
+    assert (good.ok, good.message) == (True, "b")
+    bad = measure.measure([sys.executable, "-c", "raise ValueError('no')"], 60)
+    assert (bad.ok, bad.message) == (False, "ValueError: no")
+    slow = measure.measure([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    assert (slow.ok, slow.message) == (False, "no result after 0 s")
+    assert slow.seconds < 30
+
+
+def test_measure_tells_the_child_apart_from_its_parent_and_siblings() -> None:
+    # In a process of its own: see the note on forks in measure().
+    code = (
+        "import sys\n"
+        "from benchmarks.measure import measure\n"
+        "for size in (200, 0):\n"
+        "    command = [sys.executable, '-c', f'x = b\"x\" * ({size} << 20)']\n"
+        "    print(measure(command, 60).peak_bytes >> 20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    large, small = map(int, done.stdout.split())
+    assert large >= 200
+    assert small < 100
+
+
+def test_the_table_shows_results_failures_and_refusals() -> None:
+    taken = {"seconds": 1.25, "cpu_seconds": 2.0, "peak_bytes": 3e8, "message": ""}
+    good = {"nodes": 7, "ops": {"Attention": 2}, "weight_bytes": {"float16": 1.72e9, "int64": 8}}
+    report = {
+        "command": "python benchmarks/compile.py",
+        "machine": {"cpu": "A CPU", "cores": 2, "memory_bytes": 25e9},
+        "versions": {"python": "3.11.7"},
+        "rows": {
+            "a": {**taken, "what": "A", "ok": True, "result": {**good, "refused": None}},
+            "b": {**taken, "what": "B", "ok": True, "result": {**good, "refused": "bad | model"}},
+            "c": {**taken, "what": "C", "ok": False, "message": "no memory", "result": {}},
+        },
+    }
+    lines = compiling.table(report).splitlines()
+    assert lines[2] == "| A | 1.2 | 2.0 | 0.30 | 7 nodes; 2 Attention; 1.72 GB float16 |"
+    assert lines[3].endswith("| writes 7 nodes that onnxruntime refuses: bad \\| model |")
+    assert lines[4] == "| C | 1.2 | 2.0 | 0.30 | fails: no memory |"
+    assert lines[-1].startswith("A CPU, 2 cores, 25 GB; python 3.11.7. `python benchmarks/")
+
+
+def test_every_row_can_be_asked_for_alone() -> None:
+    shown = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "compile.py", "--only", "nothing"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 2
+    for name in ("export_unet", "optimize", "ort", "onnxsim", "float16"):
+        assert name in shown.stderr
+
+
+def test_architectures_are_json(checkpoint: Path) -> None:
+    for component in make_checkpoint.COMPONENTS:
+        config = json.loads((checkpoint / component / "config.json").read_text("utf-8"))
+        sizes = make_checkpoint.ARCHITECTURES["tiny"][component]
+        assert {key: config[key] for key in sizes} == sizes

@@ -1,0 +1,197 @@
+"""What people see: help, errors, reports. Golden texts hold stdout, stderr and exit code together.
+
+``SDOPT_UPDATE_GOLDEN=1 python -m pytest tests/test_cli.py`` writes them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdopt import registry
+from sdopt.cli import main
+from tests.test_bundle import make_bundle
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Shell:
+    """Calls ``sdopt`` in this process and keeps what it printed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capsys = patch, capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        self._patch.setattr(sys, "argv", ["sdopt", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def sdopt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    return Shell(monkeypatch, capsys)
+
+
+def check_golden(name: str, words: tuple[str, ...], ran: tuple[int, str, str]) -> None:
+    code, out, err = ran
+    text = f"$ sdopt {' '.join(words)}\nexit {code}\n--- stdout\n{out}--- stderr\n{err}"
+    text = re.sub(r"\d+\.\d+ s\b", "0.0 s", re.sub(r"\b[0-9a-f]{16}\b", "<digest>", text))
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("SDOPT_UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+COMMANDS = [
+    "export",
+    "optimize",
+    "build",
+    "run",
+    "compare",
+    "inspect",
+    "pack",
+    "passes",
+    "targets",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(sdopt: Shell, command: str) -> None:
+    words = (command, "--help")
+    check_golden(f"help_{command}", words, sdopt(*words))
+
+
+def test_help_of_all(sdopt: Shell) -> None:
+    check_golden("help", ("--help",), sdopt("--help"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unknown_pass", ("optimize", "b", "--passes", "fuse_qvk,tome=5")),
+        ("unknown_preset", ("optimize", "b", "--passes", "clean,@fats")),
+        ("unknown_option", ("optimize", "b", "--passes", "cast_fp16:kep=io")),
+        ("bad_value", ("optimize", "b", "--passes", "tome=five")),
+        ("needs_value", ("optimize", "b", "--passes", "tome")),
+        ("wrong_order", ("optimize", "b", "--passes", "cast_fp16,fuse_qkv")),
+        ("unreadable_spec", ("optimize", "b", "--passes", "clean,,fuse_qkv")),
+        ("no_bundle", ("optimize", "nowhere", "--passes", "clean")),
+        ("no_component", ("optimize", "b", "-c", "unnet", "--passes", "clean")),
+        ("no_stage", ("optimize", "b", "--from", "optimised", "--passes", "clean")),
+        ("no_recipe", ("optimize", "b", "--passes", "mine.recipe")),
+        ("file_without_output", ("optimize", "some.onnx", "--passes", "clean")),
+        ("bundle_with_output", ("optimize", "b", "-o", "x", "--passes", "clean")),
+        ("unknown_target", ("build", "b", "--target", "tensort")),
+        ("cuda_not_yet", ("build", "b", "--target", "ort", "--provider", "cuda")),
+        ("no_source", ("export", "nowhere", "-o", "out")),
+        ("no_prompt", ("run", "b")),
+    ],
+)
+def test_errors_say_what_where_why_and_what_to_do(
+    sdopt: Shell, tmp_path: Path, name: str, words: tuple[str, ...]
+) -> None:
+    make_bundle(tmp_path / "b")
+    code, out, err = sdopt(*words)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    check_golden(f"error_{name}", words, (code, out, err))
+
+
+def test_optimize_prints_the_bundle_so_that_verbs_pipe(sdopt: Shell, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    words = ("optimize", "b", "--passes", "clean")
+    check_golden("optimize", words, sdopt(*words))
+    check_golden("optimize_again", words, sdopt(*words))
+
+
+def test_the_current_folder_is_the_default(
+    sdopt: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    assert sdopt("optimize", "--passes", "clean")[0] == 0
+    assert (tmp_path / "b" / "unet" / "optimized.onnx").is_file()
+
+
+def test_json_is_all_there_is_on_stdout(sdopt: Shell, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    code, out, _ = sdopt("optimize", "b", "--passes", "clean,cast_fp16", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [one["spec"] for one in report["components"][0]["passes"]] == ["clean", "cast_fp16"]
+    assert report["components"][0]["passes"][0]["ops_before"]["Identity"] == 1
+
+
+def test_dry_run_writes_nothing(sdopt: Shell, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    assert sdopt("optimize", "b", "--passes", "clean", "--dry-run")[0] == 0
+    assert not (tmp_path / "b" / "unet" / "optimized.onnx").exists()
+
+
+def test_a_recipe_file_holds_the_same_words(sdopt: Shell, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    recipe = tmp_path / "mine.recipe"
+    recipe.write_text("# exact first\nclean\ncast_fp16:keep=io,  # then small\n")
+    code, out, _ = sdopt("optimize", "b", "--passes", str(recipe), "--json")
+    assert code == 0
+    specs = [one["spec"] for one in json.loads(out)["components"][0]["passes"]]
+    assert specs == ["clean", "cast_fp16:keep=io"]
+
+
+def test_inspect_shows_stages_and_history(sdopt: Shell, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    sdopt("optimize", "b", "--passes", "clean")
+    check_golden("inspect", ("inspect", "b"), sdopt("inspect", "b"))
+    data = json.loads(sdopt("inspect", "b", "--json")[1])
+    stages = data["components"]["unet"]["stages"]
+    assert [stage["name"] for stage in stages] == ["model", "optimized"]
+    assert stages[1]["history"] == ["clean"]
+
+
+def test_a_stage_whose_source_changed_is_called_stale(sdopt: Shell, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    sdopt("optimize", "b", "--passes", "clean")
+    sdopt("optimize", "b", "--from", "optimized", "--stage", "half", "--passes", "cast_fp16")
+    sdopt("optimize", "b", "--passes", "cast_fp16:keep=io")
+    assert "STALE" in sdopt("inspect", "b")[1]
+
+
+def test_passes_lists_them_and_shows_a_page(sdopt: Shell) -> None:
+    _, out, _ = sdopt("passes")
+    assert all(name in out for name in registry.table("passes"))
+    check_golden("passes_fuse_qkv", ("passes", "fuse_qkv"), sdopt("passes", "fuse_qkv"))
+
+
+def test_targets_say_what_is_installed(sdopt: Shell) -> None:
+    code, out, _ = sdopt("targets")
+    assert code == 0
+    assert "onnxruntime" in out
+
+
+def test_an_interrupt_says_that_nothing_is_lost(
+    sdopt: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdopt import api
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "optimize", interrupted)
+    code, out, err = sdopt("optimize", str(tmp_path), "--passes", "clean")
+    assert (code, out) == (130, "")
+    assert "unchanged" in err

@@ -1,0 +1,53 @@
+"""The README's commands are run in order; its links lead somewhere; its table is the registry."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdopt import registry
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_block_runs_in_order(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands: list[list[str]] = []
+    for kind, text in BLOCKS:
+        if kind == "python":
+            commands.append([sys.executable, "-c", text])
+        else:
+            commands += [shlex.split(line) for line in text.splitlines() if line.strip()]
+    assert len(commands) >= 12
+    for command in commands:
+        ran = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
+        assert "Traceback" not in ran.stderr
+    assert (tmp_path / "images" / "0000.png").is_file()
+    assert (tmp_path / "unet-optimized.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "page", [path for path in ROOT.rglob("*.md") if ".venv" not in path.parts], ids=str
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_pass_is_in_the_table() -> None:
+    for name in registry.table("passes"):
+        assert re.search(rf"^\|.*`{name}\b", README, re.M), name
