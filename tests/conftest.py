@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before a test imports them: these libraries read their settings once.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -18,6 +19,10 @@ os.environ["COLUMNS"] = "100"
 os.environ["TERM"] = "dumb"
 os.environ.pop("FORCE_COLOR", None)
 os.environ["NO_COLOR"] = "1"
+
+# A slow moment of the machine is no bug, and a run must be repeatable.
+settings.register_profile("sdopt", deadline=None, derandomize=True, database=None)
+settings.load_profile("sdopt")
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -1,0 +1,1 @@
+"""Programs that measure; every number in the documents comes from one of them."""
