@@ -16,6 +16,8 @@ PASSES: dict[str, str] = {
     "pad_align": "sdopt.passes.pad_align:PadAlign",
     "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
     "tome": "sdopt.passes.tome:Tome",
+    "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
+    "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
 }
 """Built-in passes: CLI word to ``module:Class``."""
 
