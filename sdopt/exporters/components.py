@@ -1,0 +1,156 @@
+"""The components of a pipeline as a data table: where they lie, what goes in and what comes out.
+
+Names of components, inputs, outputs and symbolic dimensions are those of Hugging Face optimum, so
+that its pipelines run on a bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdopt.errors import SourceError
+from sdopt.passes.base import Role
+
+Kind = Literal["weights", "float32", "int64"]
+"""A port's dtype; ``weights`` is whatever dtype the component is exported in."""
+
+SAMPLE_SIZES: Mapping[str, int] = {
+    "batch_size": 2,
+    "sequence_length": 11,
+    "height": 13,
+    "width": 23,
+    "latent_height": 13,
+    "latent_width": 23,
+    "sample_height": 107,
+    "sample_width": 189,
+}
+"""The dynamic dimensions and the sizes they are traced at.
+
+All odd: at a latent that is no multiple of 8, diffusers passes every skip's size to its
+upsamplers, so the traced graph is right at every size.
+"""
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output.
+
+    Attributes:
+        name: its name in the graph.
+        dims: per axis a dynamic dimension (a key of ``SAMPLE_SIZES``) or the key of the
+            component's configuration that holds the size; empty for a scalar.
+        kind: its dtype.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    kind: Kind = "weights"
+
+    def dynamic_axes(self) -> dict[int, str]:
+        """Axis to symbolic name, for the dynamic axes."""
+        return {axis: dim for axis, dim in enumerate(self.dims) if dim in SAMPLE_SIZES}
+
+    def sample_shape(self, config: Mapping[str, Any]) -> list[int]:
+        """The shape that the port is traced at.
+
+        Raises:
+            SourceError: the configuration does not say a size that the port needs.
+        """
+        return [SAMPLE_SIZES.get(dim) or _size(config, dim) for dim in self.dims]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph of a bundle and the folder of the pipeline that it is made from.
+
+    Attributes:
+        name: its folder in a bundle.
+        folder: its folder in a diffusers pipeline.
+        role: what it is for.
+        class_name: the class of diffusers or transformers that it is built from.
+        inputs: in order.
+        outputs: in order.
+    """
+
+    name: str
+    folder: str
+    role: Role
+    class_name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+COMPONENTS: Mapping[str, Component] = {
+    component.name: component
+    for component in (
+        Component(
+            "text_encoder",
+            "text_encoder",
+            Role.TEXT_ENCODER,
+            "CLIPTextModel",
+            (Port("input_ids", ("batch_size", "sequence_length"), "int64"),),
+            (
+                Port("last_hidden_state", ("batch_size", "sequence_length", "hidden_size")),
+                Port("pooler_output", ("batch_size", "hidden_size")),
+            ),
+        ),
+        Component(
+            "unet",
+            "unet",
+            Role.DENOISER,
+            "UNet2DConditionModel",
+            (
+                Port("sample", ("batch_size", "in_channels", "height", "width")),
+                # Always float32: half precision cannot tell the timesteps above 2048 apart.
+                Port("timestep", (), "float32"),
+                Port(
+                    "encoder_hidden_states",
+                    ("batch_size", "sequence_length", "cross_attention_dim"),
+                ),
+            ),
+            (Port("out_sample", ("batch_size", "out_channels", "height", "width")),),
+        ),
+        Component(
+            "vae_encoder",
+            "vae",
+            Role.VAE_ENCODER,
+            "AutoencoderKL",
+            (Port("sample", ("batch_size", "in_channels", "sample_height", "sample_width")),),
+            (
+                # Mean and log-variance, so twice latent_channels.
+                Port(
+                    "latent_parameters",
+                    ("batch_size", "2*latent_channels", "latent_height", "latent_width"),
+                ),
+            ),
+        ),
+        Component(
+            "vae_decoder",
+            "vae",
+            Role.VAE_DECODER,
+            "AutoencoderKL",
+            (
+                Port(
+                    "latent_sample",
+                    ("batch_size", "latent_channels", "latent_height", "latent_width"),
+                ),
+            ),
+            (Port("sample", ("batch_size", "out_channels", "sample_height", "sample_width")),),
+        ),
+    )
+}
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    if key.startswith("2*"):
+        return 2 * _size(config, key[2:])
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SourceError(
+            f"the configuration's {key} is {value!r}, a positive whole number is needed",
+            where="config.json",
+            hint="only Stable Diffusion 1.x models can be exported so far",
+        )
+    return value

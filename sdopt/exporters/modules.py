@@ -1,0 +1,161 @@
+"""The networks, built from their configuration without weights and wrapped for tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+
+from sdopt.errors import SourceError
+from sdopt.exporters.components import Component
+
+Config = Mapping[str, Any]
+
+BUFFERS: Mapping[str, Callable[[tuple[int, ...]], np.ndarray]] = {
+    "position_ids": lambda shape: np.arange(shape[-1], dtype=np.int64).reshape(shape),
+}
+"""Values of buffers that no checkpoint holds, by last name: under fake mode torch knows none."""
+
+
+class Network(torch.nn.Module):
+    """A network that takes and returns its component's ports in order.
+
+    Attributes:
+        prefix: what its parameters' names carry beyond their names in a checkpoint.
+        config: the whole configuration, defaults filled in.
+        mode: the mode under which its parameters have shapes but no values.
+    """
+
+    prefix = ""
+    config: Config
+    mode: FakeTensorMode
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight that a checkpoint must hold, by its name there."""
+        state = self.state_dict()
+        return {name.removeprefix(self.prefix): tuple(t.shape) for name, t in state.items()}
+
+    def tied(self) -> list[tuple[str, ...]]:
+        """The names of parameters that are one and the same tensor, in groups."""
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name.removeprefix(self.prefix))
+        return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+class TextEncoder(Network):
+    """CLIPTextModel: ``input_ids [B, S]`` to the last hidden state and the pooled one."""
+
+    prefix = "model."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        parsed = CLIPTextConfig.from_dict(dict(config))
+        parsed._attn_implementation = "sdpa"
+        self.model = CLIPTextModel(parsed)
+        self.config = parsed.to_dict()
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, S]`` to ``[B, S, hidden]`` and ``[B, hidden]``."""
+        output = self.model(input_ids=input_ids, return_dict=True)
+        return output.last_hidden_state, output.pooler_output
+
+
+class Unet(Network):
+    """UNet2DConditionModel: noisy latent, timestep and prompt to the predicted noise."""
+
+    prefix = "model."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.model = UNet2DConditionModel.from_config(dict(config))
+        self.config = dict(self.model.config)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """``[B, 4, H, W]``, a scalar and ``[B, S, C]`` to ``[B, 4, H, W]``."""
+        output = self.model(sample, timestep, encoder_hidden_states, return_dict=False)
+        result: torch.Tensor = output[0]
+        return result
+
+
+class VaeEncoder(Network):
+    """The encoder half of AutoencoderKL, up to the moments."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = AutoencoderKL.from_config(dict(config))
+        self.config = dict(model.config)
+        self.encoder = model.encoder
+        self.quant_conv = model.quant_conv or torch.nn.Identity()
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, 8h, 8w]`` to mean and log-variance ``[B, 8, h, w]``."""
+        result: torch.Tensor = self.quant_conv(self.encoder(sample))
+        return result
+
+
+class VaeDecoder(Network):
+    """The decoder half of AutoencoderKL."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = AutoencoderKL.from_config(dict(config))
+        self.config = dict(model.config)
+        self.post_quant_conv = model.post_quant_conv or torch.nn.Identity()
+        self.decoder = model.decoder
+
+    def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
+        """``[B, 4, h, w]`` to ``[B, 3, 8h, 8w]``."""
+        result: torch.Tensor = self.decoder(self.post_quant_conv(latent_sample))
+        return result
+
+
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+_NETWORKS: Mapping[str, Callable[[Config], Network]] = {
+    "text_encoder": TextEncoder,
+    "unet": Unet,
+    "vae_encoder": VaeEncoder,
+    "vae_decoder": VaeDecoder,
+}
+
+
+def build(component: Component, config: Config, dtype: ir.DataType) -> Network:
+    """The component's network with parameters of ``dtype``, none of which is allocated.
+
+    Raises:
+        SourceError: the configuration is not one that the class can be built from.
+    """
+    # Under FakeTensorMode Module.to cannot swap its parameters (torch 2.13), so the dtype is set
+    # while they are made.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(TORCH_DTYPES[dtype])
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    try:
+        with mode:
+            network = _NETWORKS[component.name](config)
+    except Exception as error:  # constructors and their validators raise anything
+        raise SourceError(
+            f"{component.class_name} cannot be built from its configuration",
+            where=f"{component.folder}/config.json",
+            why=next(iter(str(error).strip().splitlines()), repr(error)),
+            hint="save the pipeline again with the diffusers and transformers installed here",
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+    network.mode = mode
+    return network.eval().requires_grad_(False)
