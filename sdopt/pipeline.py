@@ -10,13 +10,11 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import CheckerPass
 
-from sdopt import graph, registry, spec
+from sdopt import graph, modelfile, registry, spec
 from sdopt.errors import PassError, SdoptError, SpecError, UnknownNameError
 from sdopt.fingerprint import fingerprint
 from sdopt.manifest import Step
-from sdopt.modelfile import initializers
 from sdopt.passes.base import Pass, PassContext, Role
 from sdopt.passes.presets import PRESETS
 from sdopt.report import PassReport
@@ -111,7 +109,7 @@ class RunContext:
 
 def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     before, ops_before, signature = fingerprint(model), graph.op_counts(model), _io(model)
-    known = {id(value.const_value) for value in initializers(model)}
+    known = {id(value.const_value) for value in modelfile.initializers(model)}
     ctx = PassContext(
         model=model, role=run.role, config=run.config, seed=run.seed, target=run.target
     )
@@ -122,7 +120,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     if changed:
         _check(one, model, signature, run.component)
     ops_after = graph.op_counts(model)
-    new = (v.const_value for v in initializers(model))
+    new = (v.const_value for v in modelfile.initializers(model))
     return PassReport(
         spec=str(one),
         numerics=one.exactness().value,
@@ -172,11 +170,11 @@ def _check(
             if value.name and value.name in names:
                 raise broken(f"two values are called {value.name!r}")
             names.add(value.name or "")
-    for value in initializers(model):
+    for value in modelfile.initializers(model):
         if value.const_value is None:
             raise broken(f"the weight {value.name!r} has no value")
     try:
-        CheckerPass(full_check=False)(model)
+        modelfile.check(model)
     except (onnx.checker.ValidationError, RuntimeError) as error:
         raise broken(f"onnx's checker says: {error}") from error
 
