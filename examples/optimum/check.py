@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from optimum.onnxruntime import ORTDiffusionPipeline
 
 PROMPT = "a handwritten seven"
-SETTINGS = {"num_inference_steps": 12, "guidance_scale": 2.0, "height": 128, "width": 128}
+SETTINGS = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 128, "width": 128}
 
 
 def main() -> None:

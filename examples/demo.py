@@ -1,0 +1,139 @@
+"""The main job on a real model: export, optimize, build and run the digits pipeline.
+
+Leaves in ``demo/``: the bundle, ``digits.png`` (each prompt by the raw graph, the optimized one,
+and with token merging) and ``summary.txt``. ``make demo`` runs it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ROOT / "examples" / "digits"
+OUT = ROOT / "demo"
+sys.path.insert(0, str(DIGITS))
+
+import digits  # noqa: E402 - lies beside the model that it describes
+
+from sdopt import api  # noqa: E402
+from sdopt.bundle import Bundle  # noqa: E402
+from sdopt.report import Report  # noqa: E402
+from sdopt.targets.ort import Ort  # noqa: E402
+
+ROWS = {"raw": "model", "optimized": "ort_cpu", "tome=5": "tome5"}
+SETTINGS = {"steps": digits.STEPS, "guidance": digits.GUIDANCE, "seed": digits.SEED}
+ROUNDS = 15
+
+
+def main() -> None:
+    """Run every verb, draw the sheet, print the summary."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    began = time.perf_counter()
+    bundle = OUT / "bundle"
+    lines = ["export examples/digits --dtype fp32"]
+    lines += describe(api.export(DIGITS, bundle, dtype="fp32"))
+    for stage, passes in (
+        ("optimized", "@fast"),
+        ("tome5", "@fast,tome=5"),
+        ("fp16", "@fast,cast_fp16:keep=io"),
+    ):
+        lines += ["", f"optimize --passes {passes} --stage {stage}"]
+        lines += describe(api.optimize(bundle, passes, stage=stage), only="unet")
+    lines += ["", "build --target ort"]
+    lines += describe(api.build(bundle, "ort"), only="unet")
+    lines += ["", *numbers(Bundle.open(bundle)), "", *draw(bundle)]
+    lines += ["", f"all of it in {time.perf_counter() - began:.0f} s; look at demo/digits.png"]
+    text = "\n".join(lines) + "\n"
+    (OUT / "summary.txt").write_text(text)
+    print(text, end="")
+
+
+def describe(report: Report, only: str | None = None) -> Iterable[str]:
+    """One line per component, one per pass of the component ``only``."""
+    for one in report.components:
+        if only in (None, one.component):
+            size = f"{one.nodes:5} nodes {one.bytes_written / 1e6:6.1f} MB new"
+            yield f"  {one.component:<13}{size}, {one.seconds:.1f} s"
+            for each in one.passes:
+                done = ", ".join(f"{n} {what}" for what, n in each.rewrites.items()) or "nothing"
+                nodes = f"{each.nodes_before:5} -> {each.nodes_after:<5}"
+                yield f"    {each.spec:<20}{nodes} {done}"[:99]
+
+
+def numbers(bundle: Bundle) -> Iterable[str]:
+    """Milliseconds per denoising step, fp32, and what fp16 costs in bytes and error."""
+    feeds = {
+        "sample": np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32),
+        "timestep": np.array(500, np.float32),
+    }
+    sessions = {
+        name: Ort().open(bundle.file("unet", stage))
+        for name, stage in {**ROWS, "fp16": "fp16"}.items()
+    }
+    dims = sessions["raw"].inputs["encoder_hidden_states"].dims
+    feeds["encoder_hidden_states"] = (
+        np.random.default_rng(1).standard_normal((2, 77, int(dims[-1]))).astype(np.float32)
+    )
+    wanted = sessions["raw"].run(feeds)["out_sample"]
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for round_ in range(ROUNDS + 2):  # interleaved, so that a slow moment hits all alike
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            found = session.run(feeds)["out_sample"]
+            if round_ >= 2:
+                times[name].append(time.perf_counter() - start)
+            elif round_ == 0:
+                error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+                times[f"{name} error"] = [float(error)]
+    yield "one denoising step of the UNet, batch 2, 128x128 px, ONNX Runtime on this CPU"
+    raw = statistics.median(times["raw"])
+    for name, stage in ROWS.items():
+        took = statistics.median(times[name])
+        error = times[f"{name} error"][0]
+        yield (
+            f"  {name:<10}(stage {stage:<8}) {took * 1e3:7.2f} ms  {raw / took:5.2f}x  "
+            f"relative L2 {error:.1e}"
+        )
+    sizes = {
+        stage: sum(path.stat().st_size for path in data_of(bundle, stage))
+        for stage in ("model", "fp16")
+    }
+    yield (
+        f"  fp16      (stage fp16    ) {sizes['model'] / 1e6:.1f} MB of weights become "
+        f"{sizes['fp16'] / 1e6:.1f} MB      relative L2 {times['fp16 error'][0]:.1e}"
+    )
+
+
+def data_of(bundle: Bundle, stage: str) -> Iterable[Path]:
+    """The weight files of a UNet stage's own."""
+    return bundle.folder("unet").glob(f"{stage}-*.onnx_data")
+
+
+def draw(bundle: Path) -> Iterable[str]:
+    """Every prompt with every stage on one sheet; says how many digits a classifier reads."""
+    classifier, _ = digits.train_classifier()
+    size, pitch, label = 128, 134, 90
+    sheet = Image.new("RGB", (label + 10 * pitch, len(ROWS) * pitch), "white")
+    pen = ImageDraw.Draw(sheet)
+    yield "ten prompts, the same seeds"
+    for row, (name, stage) in enumerate(ROWS.items()):
+        made = api.run(bundle, digits.PROMPTS, stage=stage, batch=10, **SETTINGS)
+        images = [one.image for one in made]
+        for column, image in enumerate(images):
+            sheet.paste(image, (label + column * pitch, row * pitch + 3))
+        pen.text((6, row * pitch + size // 2), name, fill="black", font_size=16)
+        read = classifier.predict(digits.to_8x8(images).reshape(-1, 64))
+        yield f"  {name:<10}{sum(read == np.arange(10))} of 10 read as the digit asked for"
+    sheet.save(OUT / "digits.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
