@@ -54,6 +54,17 @@ def test_plain_diffusers_loads_it_and_it_has_the_shape_of_sd1() -> None:
     assert next(pipeline.unet.parameters()).dtype in (torch.float32, torch.float16)
 
 
+def test_every_attention_is_fused_and_nothing_is_left(digits_bundle: Path) -> None:
+    """The counts of SD 1.x: 16 self- and 16 cross-attentions in the UNet, one in each VAE half."""
+    report = api.optimize(digits_bundle, "@fast", stage="counted", dry_run=True)
+    fused = {one.component: one.passes[1] for one in report.components}
+    assert fused["unet"].rewrites == {"self-attention q, k, v": 16, "cross-attention k, v": 16}
+    assert fused["vae_decoder"].rewrites == {"self-attention q, k, v": 1}
+    assert fused["vae_encoder"].rewrites == {"self-attention q, k, v": 1}
+    assert fused["text_encoder"].rewrites == {"self-attention q, k, v": 3}
+    assert all(each.skips == () for one in report.components for each in one.passes)
+
+
 def test_the_classifier_reads_real_digits() -> None:
     _, accuracy = digits.train_classifier()
     assert accuracy >= 0.97
@@ -105,3 +116,30 @@ def test_token_merging_still_draws_digits(digits_bundle: Path) -> None:
     assert np.abs(pixels["tome5"] - pixels["optimized"]).mean() > 0.1
     assert right["tome5"] >= right["optimized"] - 0.15
     assert right["tome5"] >= 0.8
+
+
+@pytest.mark.filterwarnings("ignore:__array")  # diffusers 0.42 hands torch tensors to np.array()
+@pytest.mark.parametrize("stage", ["model", "ort_cpu"])
+def test_the_images_are_those_of_pytorch(digits_bundle: Path, stage: str) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    prompts = ["a handwritten seven", "a handwritten three"]
+    reference = StableDiffusionPipeline.from_pretrained(DIGITS).to(torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    wanted = reference(
+        prompts,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        width=72,
+        height=104,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+    ).images
+    made = api.run(
+        digits_bundle, prompts, steps=6, guidance=4.0, width=72, height=104, seed=5, stage=stage
+    )
+    for one, image in zip(made, wanted, strict=True):
+        assert set(one.stages.values()) == {stage}
+        found, reference_pixels = (np.asarray(i, np.float64) for i in (one.image, image))
+        assert reference_pixels.std() > 50
+        assert np.abs(found - reference_pixels).mean() < 0.1  # the issue allows 1, that is 1/255
