@@ -12,8 +12,8 @@ from sdopt.errors import UsageError
 from sdopt.exporting import export
 from sdopt.inspection import inspect
 from sdopt.packing import pack
-from sdopt.pipeline import Pipeline, Progress
-from sdopt.report import Report
+from sdopt.pipeline import Pipeline
+from sdopt.report import Progress, Report
 from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:

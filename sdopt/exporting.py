@@ -13,8 +13,7 @@ from sdopt.bundle import MANIFEST, RAW, Bundle
 from sdopt.errors import BundleError, SourceError, UsageError, storage_error
 from sdopt.exporters.components import COMPONENTS
 from sdopt.manifest import ComponentEntry, StageRecord
-from sdopt.pipeline import Progress
-from sdopt.report import ComponentReport, Report
+from sdopt.report import ComponentReport, Progress, Report, part
 from sdopt.weights import BlockTensor
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ def export(
     from sdopt.exporters.diffusers import DiffusersSource
     from sdopt.exporters.hub import resolve
 
-    tell = progress or (lambda _: None)
     start = time.perf_counter()
     folder = resolve(str(source), dtype, components)
     opened = DiffusersSource(folder)
@@ -58,14 +56,15 @@ def export(
     with bundle.lock():
         if not in_place:
             _copy_shared(opened, root)
-        for name in names:
+        for index, name in enumerate(names):
+            tell = part(progress, index, len(names), name)
             began = time.perf_counter()
             component = _done(bundle, name, keys[name])
             if component is None:
-                tell(f"{name}: trace")
+                tell("trace", 0.0)
                 exported = opened.export(name, dtype)
                 _refuse_in_place_copy(exported, in_place)
-                tell(f"{name}: write")
+                tell("write", 0.9)
                 component = _commit(bundle, exported, keys[name], in_place)
             component.seconds = time.perf_counter() - began
             report.components.append(component)

@@ -6,7 +6,7 @@ Structure decides what a pass matches; names are used only to tell people where.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,6 @@ FLOAT32_KEY = "sdopt.float32"
 
 SMALL_ELEMENTS = 1024
 """Constants up to this many elements may be read to understand a graph (shapes, scales, axes)."""
-
-Attributes = Mapping[str, Any]
 
 
 def module_path(node: ir.Node) -> str:

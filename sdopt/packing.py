@@ -11,8 +11,7 @@ from sdopt import datafile, modelfile
 from sdopt.bundle import MANIFEST, OPTIMIZED, RAW, Bundle
 from sdopt.errors import BundleError, storage_error
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest
-from sdopt.pipeline import Progress
-from sdopt.report import ComponentReport, Report
+from sdopt.report import ComponentReport, Progress, Report, part
 
 _OWN = (".onnx", datafile.SUFFIX, ".safetensors", ".bin", ".index.json", ".lock", MANIFEST)
 
@@ -46,9 +45,9 @@ def pack(
         _copy_files(opened, root)
     except OSError as error:
         raise storage_error(error, f"write into {root}") from error
-    for name in components or opened.components:
-        if progress:
-            progress(name)
+    names = components or opened.components
+    for index, name in enumerate(names):
+        part(progress, index, len(names))(name, 0.0)
         began = time.perf_counter()
         chosen = opened.stage(name, stage) if stage else opened.current(name, OPTIMIZED)
         model = chosen.load()

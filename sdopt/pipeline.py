@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from sdopt.fingerprint import fingerprint
 from sdopt.manifest import Step
 from sdopt.passes.base import Pass, PassContext, Role
 from sdopt.passes.presets import PRESETS
-from sdopt.report import PassReport
+from sdopt.report import PassReport, Progress, part
 
 Signature = list[tuple[str | None, str]]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,8 @@ class Pipeline:
             PassError: a pass failed or broke an invariant; names it and the ones before it.
         """
         reports: list[PassReport] = []
-        for one in self.passes:
-            if ctx.progress:
-                ctx.progress(str(one))
+        for index, one in enumerate(self.passes):
+            part(ctx.progress, index, len(self.passes))(str(one), 0.0)
             try:
                 reports.append(_run_one(one, model, ctx))
             except SdoptError:

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+Progress = Callable[[str, float], None]
+"""Is told what a verb does now, and which share of it is done (0 to 1)."""
+
+
+def part(progress: Progress | None, index: int, count: int, label: str = "") -> Progress:
+    """The progress of part ``index`` of ``count`` as progress of the whole."""
+
+    def tell(what: str, share: float) -> None:
+        if progress:
+            progress(f"{label}: {what}" if label else what, (index + share) / count)
+
+    return tell
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +14,8 @@ from sdopt.bundle import OPTIMIZED, Bundle, Stage
 from sdopt.errors import UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord
 from sdopt.passes.base import Role
-from sdopt.pipeline import Pipeline, Progress, RunContext
-from sdopt.report import ComponentReport, Report
+from sdopt.pipeline import Pipeline, RunContext
+from sdopt.report import ComponentReport, Progress, Report, part
 
 if TYPE_CHECKING:
     from sdopt.targets.base import Target
@@ -43,14 +43,20 @@ class Job:
             self.bundle.entry(name)
         with timed(report):
             if self.dry_run:
-                report.components = [self._component(name) for name in names]
+                report.components = self._components(names)
             else:
                 with self.bundle.lock():
-                    report.components = [self._component(name) for name in names]
+                    report.components = self._components(names)
                     self.bundle.write_manifest()
         return report
 
-    def _component(self, name: str) -> ComponentReport:
+    def _components(self, names: Sequence[str]) -> list[ComponentReport]:
+        return [
+            self._component(name, part(self.progress, index, len(names), name))
+            for index, name in enumerate(names)
+        ]
+
+    def _component(self, name: str, tell: Progress) -> ComponentReport:
         start = time.perf_counter()
         source = (
             self.bundle.stage(name, self.source)
@@ -69,14 +75,14 @@ class Job:
             return report
         model = source.load()
         context = RunContext(
-            name, role, self.bundle.config(name), self.seed, self.stage_target(), self._tell(name)
+            name, role, self.bundle.config(name), self.seed, self.stage_target(), tell
         )
         report.passes = pipeline.run(model, context)
         report.nodes = sum(1 for _ in model.graph.all_nodes())
         if self.target is not None:
             self.target.check_legal(model)
         if not self.dry_run:
-            self._tell(name)("write")
+            tell("write", 0.9)
             record = dataclasses.replace(
                 record,
                 dtype=provenance.dominant_dtype(model),
@@ -92,9 +98,6 @@ class Job:
     def stage_target(self) -> str | None:
         """The word of the target that the stage is prepared for, if any."""
         return self.target.name() if self.target is not None else None
-
-    def _tell(self, component: str) -> Callable[[str], None]:
-        return lambda what: self.progress(f"{component}: {what}") if self.progress else None
 
     def _done(self, name: str, record: StageRecord) -> Stage | None:
         """The stage on disk if it came from the same source by the same passes and versions."""

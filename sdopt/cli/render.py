@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import InterruptedByUserError
 
 if TYPE_CHECKING:
-    from sdopt.report import ComponentReport, PassReport, Report
+    from sdopt.report import ComponentReport, PassReport, Progress, Report
 
 _SKIPS_SHOWN = 4
 
@@ -32,13 +32,13 @@ def dump(data: Any) -> None:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner that shows what is being done; silent when stderr is no terminal.
+def progress(label: str) -> Iterator[Progress]:
+    """A bar that shows what is being done; silent when stderr is no terminal.
 
     Ctrl-C inside becomes an error that says what became of the work.
     """
     try:
-        with _spinner(label) as tell:
+        with _bar(label) as tell:
             yield tell
     except KeyboardInterrupt as interrupt:
         raise InterruptedByUserError(
@@ -47,17 +47,22 @@ def progress(label: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _spinner(label: str) -> Iterator[Callable[[str], None]]:
+def _bar(label: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield lambda what, share: None
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label)
-        yield lambda what: bar.update(task, description=f"{label} {what}")
+    columns = (
+        bars.SpinnerColumn(),
+        bars.BarColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("{task.description}"),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=1.0)
+        yield lambda what, share: bar.update(task, description=f"{label} {what}", completed=share)
 
 
 def size(count: int) -> str:

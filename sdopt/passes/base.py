@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -57,7 +57,6 @@ class PassContext:
     rewrites: dict[str, int] = field(default_factory=dict)
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    progress: Callable[[str], None] | None = None
     _names: set[str] | None = None
 
     def unique(self, hint: str) -> str:
