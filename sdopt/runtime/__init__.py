@@ -1,0 +1,1 @@
+"""Images from a bundle: sessions behind diffusers' own pipelines and schedulers."""

@@ -1,0 +1,168 @@
+"""Sessions that look like diffusers' and transformers' models to a diffusers pipeline.
+
+All of them speak float32 to the pipeline, so that schedulers compute in it whatever the graphs
+are in; a session casts where its graph is in half precision.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from transformers import CLIPTextConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from sdopt.errors import BundleError, UsageError
+from sdopt.session import Session
+
+
+class _OnHost:
+    """What a pipeline asks of any of its models."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+
+class TextEncoder(_OnHost):
+    """A session in the place of ``CLIPTextModel``."""
+
+    def __init__(self, session: Session, config: dict[str, Any]) -> None:
+        self._session = session
+        self.config = CLIPTextConfig(**config)
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
+    ) -> BaseModelOutputWithPooling:
+        """``input_ids`` ``[B, S]`` to ``last_hidden_state`` ``[B, S, E]``, ``pooler_output``."""
+        _refuse("text encoder", {"attention_mask": attention_mask, **others})
+        found = _compute(self._session, input_ids=input_ids)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=found["last_hidden_state"], pooler_output=found.get("pooler_output")
+        )
+
+
+class Unet(_OnHost):
+    """A session in the place of ``UNet2DConditionModel``."""
+
+    def __init__(self, session: Session, config: dict[str, Any]) -> None:
+        self._session = session
+        self._timestep = session.inputs["timestep"]
+        self.config = _config(UNet2DConditionModel, config)
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """One denoising step: ``sample`` ``[B, C, H, W]`` to the predicted noise."""
+        _refuse("unet", others)
+        out = _compute(
+            self._session,
+            sample=sample,
+            timestep=self._time(timestep, sample.shape[0]),
+            encoder_hidden_states=encoder_hidden_states,
+        )["out_sample"]
+        return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def _time(self, timestep: torch.Tensor | float, batch: int) -> torch.Tensor:
+        """The timestep in the rank and kind that the graph takes it in."""
+        time = torch.as_tensor(timestep).reshape(-1).to(torch.float64)
+        if self._timestep.dtype.kind == "i":
+            if not torch.equal(time, time.round()):
+                raise UsageError(
+                    "this scheduler steps between the trained timesteps",
+                    why=f"the graph takes whole timesteps ({self._timestep.dtype})",
+                    hint="choose another scheduler (ddim), or export with a float timestep",
+                )
+            time = time.to(torch.int64)
+        return time[0] if not self._timestep.dims else time.expand(batch)
+
+
+class Vae(_OnHost):
+    """One or two sessions in the place of ``AutoencoderKL``."""
+
+    def __init__(self, decoder: Session, encoder: Session | None, config: dict[str, Any]) -> None:
+        self._decoder = decoder
+        self._encoder = encoder
+        self.config = _config(AutoencoderKL, config)
+
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: object = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Latents ``[B, 4, H, W]`` to an image ``[B, 3, 8H, 8W]`` in -1 to 1."""
+        image = _compute(self._decoder, latent_sample=z)["sample"]
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """An image ``[B, 3, H, W]`` in -1 to 1 to the distribution of its latents.
+
+        Raises:
+            UsageError: the pipeline was loaded without the encoder.
+        """
+        if self._encoder is None:
+            raise UsageError(
+                "this pipeline was loaded without the VAE's encoder",
+                hint="load_pipeline(BUNDLE, image_to_image=True)",
+            )
+        found = DiagonalGaussianDistribution(
+            _compute(self._encoder, sample=x)["latent_parameters"]
+        )
+        return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
+
+
+def _compute(session: Session, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run a session on tensors; what comes back is float32.
+
+    Raises:
+        BundleError: the graph has other inputs than the component's.
+    """
+    if session.inputs.keys() != tensors.keys():
+        raise BundleError(
+            f"a graph of this bundle takes {', '.join(session.inputs)}",
+            why=f"a pipeline gives it {', '.join(tensors)}",
+            hint="export it again, or rename its inputs",
+        )
+    feeds = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    for name, array in feeds.items():
+        if session.inputs[name].dtype.kind == "i":
+            feeds[name] = array.astype(np.int64)
+    return {name: torch.from_numpy(out).float() for name, out in session.run(feeds).items()}
+
+
+def _config(cls: Any, given: dict[str, Any]) -> Any:
+    """A model's configuration: what older files leave out has the class's default."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    frozen: Any = FrozenDict
+    return frozen({**defaults, **given})
+
+
+def _refuse(component: str, given: dict[str, Any]) -> None:
+    """Refuse what a pipeline asks of a model beyond its graph's inputs.
+
+    Raises:
+        UsageError: naming the options.
+    """
+    used = [
+        name
+        for name, value in given.items()
+        if value is not None and value is not False and name != "return_dict"
+    ]
+    if used:
+        raise UsageError(
+            f"the exported {component} has no {', '.join(used)}",
+            why="a graph has only the inputs and outputs that it was exported with",
+            hint="run the pipeline without this option",
+        )

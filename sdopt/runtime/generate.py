@@ -1,0 +1,214 @@
+"""Images from prompts: batches, seeds, sizes, and what a PNG says about itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdopt import datafile
+from sdopt.bundle import Bundle
+from sdopt.report import Progress, part
+from sdopt.runtime.pipeline import assemble
+from sdopt.runtime.request import Request, check_numbers, image_size, start_image
+from sdopt.runtime.session import choose_stages, digest_of, opener
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_STEPS = 25
+DEFAULT_GUIDANCE = 7.5
+DEFAULT_STRENGTH = 0.8
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One image and everything that it takes to make it again.
+
+    ``strength`` is None for text-to-image; ``stages`` maps each component to the stage that ran;
+    ``bundle`` is the digest of those stages, weights included.
+    """
+
+    image: Image
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    scheduler: str
+    width: int
+    height: int
+    strength: float | None
+    stages: dict[str, str]
+    bundle: str
+
+    def text(self) -> dict[str, str]:
+        """What ``save_png`` writes into the file, key by key."""
+        facts = {
+            "prompt": self.prompt,
+            "negative": self.negative,
+            "seed": self.seed,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "scheduler": self.scheduler,
+            "size": f"{self.height}x{self.width}",
+            "stages": ", ".join(f"{name}@{stage}" for name, stage in self.stages.items()),
+            "bundle": self.bundle,
+        }
+        if self.strength is not None:
+            facts["strength"] = self.strength
+        return {key: str(value) for key, value in facts.items()}
+
+
+def generate(
+    bundle: str | Path | Bundle,
+    prompts: Sequence[str],
+    *,
+    negative: str = "",
+    steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
+    seed: int = 0,
+    scheduler: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+    batch: int = 1,
+    image: str | Path | Image | None = None,
+    strength: float = DEFAULT_STRENGTH,
+    stage: str | None = None,
+    target: str = "ort",
+    progress: Progress | None = None,
+) -> Iterator[Generated]:
+    """Make ``count`` images of every prompt, ``batch`` at a time; yields each when it is done.
+
+    Image number ``n`` of the whole run is drawn from ``seed + n`` by a generator of its own, so
+    it is the same image in whatever batch it is made.
+
+    Args:
+        bundle: the bundle or its directory.
+        prompts: what to draw.
+        negative: what not to draw.
+        steps: of denoising; image-to-image does ``strength`` of them.
+        guidance: scale; 1 or less turns classifier-free guidance off.
+        seed: of the first image.
+        scheduler: a short name; the bundle's by default.
+        width: pixels, a multiple of 8; the model's own by default, or the start image's.
+        height: likewise.
+        count: images per prompt.
+        batch: images computed together.
+        image: a start image (path or image) makes it image-to-image.
+        strength: how far to leave the start image, above 0 and up to 1.
+        stage: the stage to run; the newest that fits by default.
+        target: what runs it.
+        progress: is told the image and the step.
+
+    Raises:
+        UsageError: a size, count or strength that cannot be.
+        BundleError, UnknownNameError, MissingDependencyError, BuildError: see ``load_pipeline``.
+    """
+    check_numbers(prompts, steps, seed, count, batch)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    start = start_image(image, strength, steps) if image is not None else None
+    chosen = opener(target)
+    stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
+    size = image_size(width, height, start, opened.config("vae_decoder"), opened.config("unet"))
+    pipeline = assemble(
+        opened, stages, chosen, image_to_image=start is not None, scheduler=scheduler
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    request = Request(negative, steps, guidance, *size)
+    if start is not None:
+        request = request.starting_from(start, strength)
+    names = {name: one.name for name, one in stages.items()}
+    jobs = [prompt for prompt in prompts for _ in range(count)]
+    return _generate(pipeline, jobs, seed, batch, request, names, digest_of(stages), progress)
+
+
+def _generate(
+    pipeline: Any,
+    jobs: Sequence[str],
+    seed: int,
+    batch: int,
+    request: Request,
+    stages: dict[str, str],
+    digest: str,
+    progress: Progress | None,
+) -> Iterator[Generated]:
+    for first in range(0, len(jobs), batch):
+        prompts = jobs[first : first + batch]
+        label = _label(first, len(prompts), len(jobs))
+        seeds = range(seed + first, seed + first + len(prompts))
+        tell = part(progress, first // batch, -(-len(jobs) // batch))
+        images = _run(pipeline, prompts, seeds, request, label, tell)
+        for prompt, one, image in zip(prompts, seeds, images, strict=True):
+            yield Generated(
+                image=image,
+                prompt=prompt,
+                negative=request.negative,
+                seed=one,
+                steps=request.steps,
+                guidance=request.guidance,
+                scheduler=type(pipeline.scheduler).__name__,
+                width=image.width,
+                height=image.height,
+                strength=request.strength,
+                stages=stages,
+                bundle=digest,
+            )
+
+
+def _run(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    request: Request,
+    label: str,
+    tell: Progress,
+) -> Sequence[Image]:
+    """One batch through the pipeline."""
+    import torch
+
+    def step_done(_: Any, index: int, __: Any, state: dict[str, Any]) -> dict[str, Any]:
+        done = (index + 1) / pipeline.num_timesteps
+        tell(f"{label}, step {index + 1} of {pipeline.num_timesteps}", done)
+        return state
+
+    if request.image is None:
+        more: dict[str, Any] = {"width": request.width, "height": request.height}
+    else:
+        more = {"image": [request.image] * len(prompts), "strength": request.strength}
+    result = pipeline(
+        list(prompts),
+        negative_prompt=[request.negative] * len(prompts),
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=[torch.Generator("cpu").manual_seed(one) for one in seeds],
+        callback_on_step_end=step_done,
+        **more,
+    )
+    images: Sequence[Image] = result.images
+    return images
+
+
+def save_png(generated: Generated, path: str | Path) -> None:
+    """Write an image as PNG, with what made it as text in the file; whole or not at all.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in generated.text().items():
+        info.add_itxt(key, value)  # international text: prompts are in any language
+    buffer = io.BytesIO()
+    generated.image.save(buffer, "PNG", pnginfo=info)
+    datafile.write_bytes(Path(path), buffer.getvalue())
+
+
+def _label(first: int, count: int, total: int) -> str:
+    if count == 1:
+        return f"image {first + 1} of {total}"
+    return f"images {first + 1} to {first + count} of {total}"

@@ -1,0 +1,139 @@
+"""A bundle behind diffusers' own Stable Diffusion pipelines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdopt.bundle import Bundle, Stage
+from sdopt.errors import BundleError, MissingDependencyError
+from sdopt.runtime.quiet import quiet
+from sdopt.runtime.session import Opener, choose_stages, opener
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+"""The classes of diffusers that a bundle can stand behind."""
+
+
+def load_pipeline(
+    bundle: str | Path | Bundle,
+    *,
+    stage: str | None = None,
+    target: str = "ort",
+    image_to_image: bool = False,
+    scheduler: str | None = None,
+) -> Any:
+    """A diffusers pipeline whose models are sessions on a bundle's graphs.
+
+    Args:
+        bundle: the bundle or its directory.
+        stage: the stage to run; by default the target's build, else the optimized, else the raw.
+        target: what runs the graphs, such as ``ort:threads=2``.
+        image_to_image: a ``StableDiffusionImg2ImgPipeline`` in place of the text-to-image one.
+        scheduler: a short name (``ddim``, ``euler``, ``dpm++``, ...); the bundle's by default.
+
+    Raises:
+        BundleError: a component, the tokenizer or the scheduler is missing or not of this family.
+        UnknownNameError: an unknown stage, target or scheduler.
+        MissingDependencyError: diffusers or the target's runtime is not installed.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    chosen = opener(target)
+    stages = choose_stages(opened, chosen, stage, image_to_image=image_to_image)
+    return assemble(opened, stages, chosen, image_to_image=image_to_image, scheduler=scheduler)
+
+
+def assemble(
+    bundle: Bundle,
+    stages: Mapping[str, Stage],
+    target: Opener,
+    *,
+    image_to_image: bool,
+    scheduler: str | None,
+) -> Any:
+    """The pipeline over those stages; see ``load_pipeline``."""
+    cls = _pipeline_class(PIPELINES[image_to_image])
+    from sdopt.runtime import schedulers
+    from sdopt.runtime.components import TextEncoder, Unet, Vae
+
+    index = _index(bundle)
+    config = _scheduler_config(bundle)
+    steps = (
+        schedulers.named(scheduler, config)
+        if scheduler
+        else schedulers.of_class(index["scheduler"][1], config, str(bundle.path))
+    )
+    tokenizer = _tokenizer(bundle, index)
+    sessions = {name: target.open(stage.path) for name, stage in stages.items()}
+    return cls(
+        vae=Vae(
+            sessions["vae_decoder"], sessions.get("vae_encoder"), bundle.config("vae_decoder")
+        ),
+        text_encoder=TextEncoder(sessions["text_encoder"], bundle.config("text_encoder")),
+        tokenizer=tokenizer,
+        unet=Unet(sessions["unet"], bundle.config("unet")),
+        scheduler=steps,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _pipeline_class(name: str) -> Any:
+    try:
+        with quiet():
+            return getattr(importlib.import_module("diffusers"), name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            "running a bundle needs diffusers and transformers",
+            why=str(error),
+            hint='pip install "sdopt[ort]"',
+        ) from error
+
+
+def _index(bundle: Bundle) -> dict[str, Any]:
+    index = _read(bundle, "model_index.json", "which pipeline this is")
+    if (name := index.get("_class_name")) not in PIPELINES:
+        raise BundleError(
+            f"sdopt cannot run a {name} yet",
+            where=str(bundle.path / "model_index.json"),
+            hint=f"it runs {' and '.join(PIPELINES)}; other tools read the ONNX files as they are",
+        )
+    return index
+
+
+def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
+    return _read(bundle, "scheduler/scheduler_config.json", "the noise schedule")
+
+
+def _read(bundle: Bundle, name: str, what: str) -> dict[str, Any]:
+    path = bundle.path / name
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"this bundle has no readable {name}",
+            where=str(path),
+            why=f"it says {what}",
+            hint="export again from a whole diffusers folder: sdopt export SOURCE -o BUNDLE",
+        ) from error
+    if not isinstance(data, dict):
+        raise BundleError("this is no JSON object", where=str(path))
+    return data
+
+
+def _tokenizer(bundle: Bundle, index: dict[str, Any]) -> Any:
+    transformers = importlib.import_module("transformers")
+    folder = bundle.path / "tokenizer"
+    _, name = index.get("tokenizer") or (None, None)
+    cls = getattr(transformers, str(name), None)
+    if cls is None or not folder.is_dir():
+        raise BundleError(
+            "this bundle has no tokenizer that can be loaded",
+            where=str(folder),
+            why=f"model_index.json names {name}",
+            hint="export again from a whole diffusers folder: sdopt export SOURCE -o BUNDLE",
+        )
+    return cls.from_pretrained(folder)

@@ -1,0 +1,101 @@
+"""Sessions for the components of a bundle: which stage to run, and opening it with a target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Protocol
+
+from sdopt import registry, spec
+from sdopt.bundle import OPTIMIZED, Bundle, Stage
+from sdopt.errors import BundleError, UnknownNameError, UsageError
+from sdopt.session import Session
+
+PURPOSE = {
+    "text_encoder": "it turns the prompts into numbers",
+    "unet": "it denoises",
+    "vae_encoder": "image-to-image encodes the start image with it",
+    "vae_decoder": "it turns the result into pixels",
+}
+"""The components that running needs, and what for."""
+
+
+class Opener(Protocol):
+    """The part of a target that running needs."""
+
+    def check_available(self) -> None:
+        """Raise MissingDependencyError where the target's packages are not installed."""
+
+    def stage_name(self) -> str:
+        """The stage that a build for this target writes."""
+
+    def open(self, path: object, *, optimize: bool = True) -> Session:
+        """Open an ONNX file."""
+
+
+def opener(target: str) -> Opener:
+    """The target that a text such as ``ort:threads=2`` names, known to be installed.
+
+    Raises:
+        SpecError, UnknownNameError: text that names no target or a wrong option.
+        MissingDependencyError: its packages are not installed.
+    """
+    items = spec.parse(target)
+    if len(items) != 1:
+        raise UsageError("one target at a time", where=target, hint="--target ort")
+    chosen: Opener = spec.bind(registry.resolve("targets", items[0].name), items[0])
+    chosen.check_available()
+    return chosen
+
+
+def choose_stages(
+    bundle: Bundle, target: Opener, stage: str | None, *, image_to_image: bool
+) -> dict[str, Stage]:
+    """The stage to run of each component that is needed.
+
+    Without ``stage`` it is the target's own build if that was made from what is there now, else
+    the optimized stage, else the raw one. With it, a component that has no such stage runs raw,
+    so that a recipe may optimize one component only.
+
+    Raises:
+        BundleError: a component is missing; says what it is for and how to export it.
+        UnknownNameError: no component has the stage.
+    """
+    needed = [name for name in PURPOSE if image_to_image or name != "vae_encoder"]
+    for name in needed:
+        if name not in bundle.components or not bundle.stages(name):
+            raise BundleError(
+                f"this bundle has no {name}",
+                where=str(bundle.path),
+                why=PURPOSE[name],
+                hint="export it: sdopt export "
+                f"{bundle.manifest.origin or 'SOURCE'} -o {bundle.path} --component {name}",
+            )
+    if stage is not None:
+        known = {one for name in needed for one in bundle.stages(name)}
+        if stage not in known:
+            raise UnknownNameError(
+                f"no component has a stage {stage!r}",
+                where=str(bundle.path),
+                hint=spec.suggest(stage, known),
+            )
+        return {name: bundle.current(name, stage) for name in needed}
+    return {name: _latest(bundle, name, target.stage_name()) for name in needed}
+
+
+def _latest(bundle: Bundle, component: str, built: str) -> Stage:
+    if built in bundle.stages(component):
+        stage = bundle.stage(component, built)
+        origin = stage.record.source_stage
+        if (
+            origin in bundle.stages(component)
+            and bundle.stage(component, origin).digest == stage.record.source
+        ):
+            return stage
+    return bundle.current(component, OPTIMIZED)
+
+
+def digest_of(stages: Mapping[str, Stage]) -> str:
+    """One digest for all the graphs that an image came from, weights included."""
+    lines = [f"{name} {stages[name].digest}" for name in sorted(stages)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

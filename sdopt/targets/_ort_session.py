@@ -1,0 +1,111 @@
+"""A graph opened by ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as raised
+
+from sdopt.errors import BuildError
+from sdopt.session import Port, checked_feeds
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+# onnxruntime's exceptions have no common base of their own.
+_FAILURES = (
+    raised.Fail,
+    raised.InvalidArgument,
+    raised.InvalidGraph,
+    raised.InvalidProtobuf,
+    raised.NoModel,
+    raised.NoSuchFile,
+    raised.NotImplemented,
+    raised.RuntimeException,
+    raised.EPFail,
+)
+
+
+class OrtSession:
+    """An ONNX file on ONNX Runtime's CPU provider."""
+
+    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> None:
+        self._where = str(path)
+        with self._explained("onnxruntime cannot load this graph"):
+            self._session = onnxruntime.InferenceSession(
+                str(path), _options(threads, optimize), providers=["CPUExecutionProvider"]
+            )
+        self.inputs: Mapping[str, Port] = self._ports(self._session.get_inputs())
+        self.outputs: Mapping[str, Port] = self._ports(self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute every output; float feeds are cast to the declared dtype.
+
+        Raises:
+            UsageError: feeds that are not the graph's inputs.
+            BuildError: onnxruntime failed inside the graph (a size it cannot take, say).
+        """
+        arrays = checked_feeds(self.inputs, feeds, self._where)
+        with self._explained("onnxruntime failed in this graph"):
+            values = self._session.run(list(self.outputs), arrays)
+        return dict(zip(self.outputs, values, strict=True))
+
+    def _ports(self, arguments: list[Any]) -> dict[str, Port]:
+        ports = {}
+        for one in arguments:
+            if one.type not in _DTYPES:
+                raise BuildError(
+                    f"{one.name} is a {one.type}, which cannot be passed to onnxruntime's CPU",
+                    where=self._where,
+                    hint="export with --dtype fp16 or fp32",
+                )
+            # A dynamic axis without a name is None to onnxruntime.
+            dims = tuple(dim if dim is not None else "?" for dim in one.shape)
+            ports[one.name] = Port(np.dtype(_DTYPES[one.type]), dims)
+        return ports
+
+    @contextlib.contextmanager
+    def _explained(self, message: str) -> Iterator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            raise BuildError(
+                message,
+                where=self._where,
+                why=str(error).strip().split("\n", 1)[0],
+                hint=_hint(str(error)),
+            ) from error
+
+
+def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
+    levels = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    )
+    options.log_severity_level = (
+        4  # its own log goes straight to the terminal; errors are raised too
+    )
+    return options
+
+
+def _hint(text: str) -> str | None:
+    if "find an implementation" in text:
+        return "onnxruntime's CPU has no bfloat16 kernels: export such a graph with --dtype fp16"
+    if "external" in text.lower():
+        return "the weights beside the ONNX file are missing or short: copy it again with them"
+    return None
