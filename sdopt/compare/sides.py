@@ -1,0 +1,182 @@
+"""What can be compared: stages of a bundle, ONNX files, and a checkpoint's PyTorch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sdopt import graph, modelfile, registry, spec
+from sdopt.bundle import MANIFEST, OPTIMIZED, Bundle
+from sdopt.errors import UnknownNameError, UsageError
+from sdopt.manifest import RECORD_KEY, StageRecord, Step
+from sdopt.session import Port, Session
+
+PYTORCH = "pytorch"
+"""In the place of a stage: the checkpoint that lies in the same folder, run by PyTorch."""
+
+Compute = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One component of a side, ready to run.
+
+    Attributes:
+        label: what a report calls it.
+        run: computes its outputs.
+        ports: its inputs; None where it takes what the other side takes.
+        origin: the model that it was exported from, if that is known.
+        history: the passes that it went through and that changed it.
+        dtypes: names of the floating types that its weights and inputs are in.
+        vocabularies: how many values an integer input may have, where the graph says it.
+        sizes: the largest sizes of dynamic dimensions that its configuration allows.
+    """
+
+    label: str
+    run: Compute
+    ports: Mapping[str, Port] | None
+    origin: str | None = None
+    history: tuple[Step, ...] = ()
+    dtypes: frozenset[str] = frozenset()
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two things: its components by name, each with how to open it."""
+
+    label: str
+    components: Mapping[str, Callable[[str], Opened]]
+    anonymous: bool = False
+    """One ONNX file that says of no component that it is one: it fits any."""
+
+
+def side(text: str | Path, target: str) -> Side:
+    """Find out what a text names: a path first, else ``BUNDLE@STAGE``.
+
+    Raises:
+        UsageError: neither.
+        UnknownNameError: the bundle has no such stage.
+    """
+    path, stage = Path(text), None
+    if not path.exists():
+        head, at, stage = str(text).rpartition("@")
+        path = Path(head)
+        if not at or not path.is_dir():
+            raise UsageError(
+                "there is nothing to compare here",
+                where=str(text),
+                hint="give BUNDLE, BUNDLE@STAGE, FILE.onnx or a diffusers folder",
+            )
+    if path.is_file():
+        return _file(path, target)
+    is_bundle = (path / MANIFEST).is_file() or not (path / "model_index.json").is_file()
+    if stage == PYTORCH or (stage is None and not is_bundle):
+        return _checkpoint(path)
+    return _bundle(Bundle.open(path), stage, target)
+
+
+def _file(path: Path, target: str) -> Side:
+    text = modelfile.load(path).metadata_props.get(RECORD_KEY)
+    name = StageRecord.loads(text, str(path)).component if text else path.stem
+    label = str(path)
+    return Side(label, {name: lambda _: _graph(path, label, target, {})}, anonymous=text is None)
+
+
+def _bundle(bundle: Bundle, stage: str | None, target: str) -> Side:
+    stages = {
+        name: bundle.current(name, OPTIMIZED) if stage is None else bundle.stage(name, stage)
+        for name in bundle.components
+        if stage is None or stage in bundle.stages(name)
+    }
+    if not stages:
+        known = {one for name in bundle.components for one in bundle.stages(name)}
+        raise UnknownNameError(
+            f"no component has a stage {stage!r}",
+            where=str(bundle.path),
+            hint=spec.suggest(stage or "", known),
+        )
+
+    def opened(name: str) -> Opened:
+        one = stages[name]
+        label = f"{bundle.path}@{one.name}"
+        return _graph(one.path, label, target, bundle.config(name))
+
+    return Side(str(bundle.path), dict.fromkeys(stages, opened))
+
+
+def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Opened:
+    model = modelfile.load(path)
+    text = model.metadata_props.get(RECORD_KEY)
+    record = StageRecord.loads(text, str(path)) if text else None
+    session = _session(path, target)
+    limit = config.get("max_position_embeddings")
+    return Opened(
+        label,
+        session.run,
+        session.inputs,
+        origin=record.origin if record else None,
+        history=tuple(s for s in record.history if s.changed) if record else (),
+        dtypes=frozenset(_float_types(model)),
+        vocabularies=_vocabularies(model),
+        sizes={"sequence_length": limit} if limit else {},
+    )
+
+
+def _session(path: Path, target: str) -> Session:
+    (item,) = spec.parse(target)
+    chosen = spec.bind(registry.resolve("targets", item.name), item)
+    opened: Session = chosen.open(path, optimize=False)
+    return opened
+
+
+def _checkpoint(path: Path) -> Side:
+    from sdopt.compare import reference
+
+    return Side(
+        f"{path} in PyTorch",
+        {
+            name: lambda name: Opened(
+                f"{path}@{PYTORCH}", reference.module(path, name), None, dtypes=frozenset()
+            )
+            for name in reference.components(path)
+        },
+    )
+
+
+def _float_types(model: ir.Model) -> set[str]:
+    """The floating types of the weights and inputs; single numbers do not count."""
+    values = [v for v in modelfile.initializers(model) if v.const_value is not None]
+    types = {v.const_value.dtype for v in values if v.const_value and v.const_value.size > 1}
+    types |= {value.dtype for value in model.graph.inputs if value.dtype is not None}
+    return {str(one.numpy()) for one in types if one.is_floating_point()}
+
+
+_PASSING = ("Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "Flatten")
+
+
+def _vocabularies(model: ir.Model) -> dict[str, int]:
+    """Rows of the embedding table that each integer input picks from."""
+    found = {}
+    for value in model.graph.inputs:
+        if value.dtype is not None and value.dtype.is_integer() and (rows := _rows(value)):
+            found[value.name or ""] = rows
+    return found
+
+
+def _rows(value: ir.Value) -> int | None:
+    for node in value.consumers():
+        if node.op_type == "Gather" and node.inputs[1] is value:
+            table = node.inputs[0]
+            axis = graph.attribute(node, "axis", 0)
+            if table is not None and table.const_value is not None:
+                return int(table.const_value.shape.numpy()[axis])
+        elif node.op_type in _PASSING and (rows := _rows(node.outputs[0])):
+            return rows
+    return None
