@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdopt import registry, spec
+from sdopt import registry
 from sdopt.bundle import OPTIMIZED, RAW, Bundle
 from sdopt.errors import UsageError
 from sdopt.exporting import export
@@ -19,7 +19,6 @@ from sdopt.staging import Job, optimize_file
 if TYPE_CHECKING:
     from sdopt.compare import Comparison
     from sdopt.runtime.generate import Generated
-    from sdopt.targets.base import Target
 
 __all__ = ["build", "compare", "export", "inspect", "optimize", "optimize_file", "pack", "run"]
 
@@ -77,7 +76,7 @@ def build(
 
     ``source`` defaults to the optimized stage where there is one, else the raw one.
     """
-    opened, chosen = Bundle.open(bundle), parse_target(target)
+    opened, chosen = Bundle.open(bundle), registry.make("targets", target)
     chosen.check_available()
     pipeline = Pipeline.parse(chosen.wants)
     job = Job(
@@ -99,16 +98,3 @@ def compare(a: str, b: str, **options: Any) -> Comparison:
     from sdopt import compare as comparing
 
     return comparing.compare(a, b, **options)
-
-
-def parse_target(text: str) -> Target:
-    """``ort:provider=cpu`` to a target.
-
-    Raises:
-        SpecError, UnknownNameError: text that names no target or a wrong option.
-    """
-    items = spec.parse(text)
-    if len(items) != 1:
-        raise UsageError("one target at a time", where=text, hint="sdopt build --target ort")
-    target: Target = spec.bind(registry.resolve("targets", items[0].name), items[0])
-    return target

@@ -7,8 +7,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from sdopt import spec
 from sdopt.errors import SdoptError, UnknownNameError
-from sdopt.spec import suggest
 
 PASSES: dict[str, str] = {
     "clean": "sdopt.passes.clean:Clean",
@@ -61,7 +61,7 @@ def resolve(kind: str, name: str) -> Any:
     known = table(kind)
     if name not in known:
         singular = {"passes": "pass", "targets": "target"}[kind]
-        raise UnknownNameError(f"unknown {singular} {name!r}", hint=suggest(name, known))
+        raise UnknownNameError(f"unknown {singular} {name!r}", hint=spec.suggest(name, known))
     module, _, attribute = known[name].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -74,6 +74,19 @@ def resolve(kind: str, name: str) -> Any:
             why=str(error),
             hint="reinstall or remove that package",
         ) from error
+
+
+def make(kind: str, text: str) -> Any:
+    """The one object that a spec such as ``ort:threads=2`` names.
+
+    Raises:
+        SpecError: text that cannot be read, several items, or a wrong option.
+        UnknownNameError: with the nearest known names.
+    """
+    items = spec.parse(text)
+    if len(items) != 1:
+        raise spec.pointed("one at a time, please", text, (0, len(text)))
+    return spec.bind(resolve(kind, items[0].name), items[0])
 
 
 def _package(point: EntryPoint) -> str:

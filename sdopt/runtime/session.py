@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from sdopt import registry, spec
-from sdopt.bundle import OPTIMIZED, Bundle, Stage
-from sdopt.errors import BundleError, UnknownNameError, UsageError
+from sdopt.bundle import OPTIMIZED, RAW, Bundle, Stage
+from sdopt.errors import BundleError, UnknownNameError
 from sdopt.session import Session
 
 PURPOSE = {
@@ -40,10 +40,7 @@ def opener(target: str) -> Opener:
         SpecError, UnknownNameError: text that names no target or a wrong option.
         MissingDependencyError: its packages are not installed.
     """
-    items = spec.parse(target)
-    if len(items) != 1:
-        raise UsageError("one target at a time", where=target, hint="--target ort")
-    chosen: Opener = spec.bind(registry.resolve("targets", items[0].name), items[0])
+    chosen: Opener = registry.make("targets", target)
     chosen.check_available()
     return chosen
 
@@ -84,15 +81,16 @@ def choose_stages(
 
 
 def _latest(bundle: Bundle, component: str, built: str) -> Stage:
-    if built in bundle.stages(component):
-        stage = bundle.stage(component, built)
-        origin = stage.record.source_stage
-        if (
-            origin in bundle.stages(component)
-            and bundle.stage(component, origin).digest == stage.record.source
-        ):
-            return stage
-    return bundle.current(component, OPTIMIZED)
+    known = bundle.stages(component)
+    if built not in known:
+        return bundle.current(component, OPTIMIZED)
+    stage = bundle.stage(component, built)
+    origin = stage.record.source_stage
+    fresh = origin in known and bundle.stage(component, origin).digest == stage.record.source
+    # A build of the raw stage gives way to an optimized one: that came after it, or `build`
+    # would have taken it.
+    passed_over = origin == RAW and OPTIMIZED in known
+    return stage if fresh and not passed_over else bundle.current(component, OPTIMIZED)
 
 
 def digest_of(stages: Mapping[str, Stage]) -> str:

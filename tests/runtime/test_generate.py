@@ -300,18 +300,22 @@ def test_which_stage_runs(tmp_path: Path) -> None:
         return {name: one.name for name, one in found.items()}
 
     assert set(chosen().values()) == {"model"}
+    toy.restage(made, "unet", "ort_cpu")
+    assert chosen()["unet"] == "ort_cpu"
+    # What was optimized after it was built is newer than the build.
     toy.restage(made, "unet", "optimized", (Step("clean", "exact"),))
     assert chosen() == {
         "text_encoder": "model",
         "unet": "optimized",
         "vae_decoder": "model",
     }
-    toy.restage(made, "unet", "ort_cpu")
+    digest = made.stage("unet", "optimized").digest
+    toy.restage(made, "unet", "ort_cpu", source_stage="optimized", source=digest)
     assert chosen()["unet"] == "ort_cpu"
     assert chosen("optimized")["unet"] == "optimized"
     assert chosen("model")["unet"] == "model"
     # A build of what is no longer there is not run.
-    toy.restage(made, "unet", "ort_cpu", source="another digest")
+    toy.restage(made, "unet", "ort_cpu", source_stage="optimized", source="another digest")
     assert chosen()["unet"] == "optimized"
     with pytest.raises(UnknownNameError) as caught:
         chosen("optimised")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sdopt import api, registry, spec
+from sdopt import registry, spec
 from sdopt.errors import BuildError, MissingDependencyError, SpecError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.targets.base import Dialect
@@ -31,7 +31,7 @@ def saved(model: ir.Model, folder: Path) -> Path:
 
 @pytest.mark.parametrize("text", ["ort", "ort:threads=2"])
 def test_options_go_round(text: str) -> None:
-    target = api.parse_target(text)
+    target = registry.make("targets", text)
     assert isinstance(target, Ort)
     assert str(target) == text
     assert target.name() == "ort"
@@ -41,7 +41,7 @@ def test_options_go_round(text: str) -> None:
 
 def test_cuda_says_that_it_is_not_there_yet() -> None:
     with pytest.raises(UsageError) as caught:
-        api.parse_target("ort:provider=cuda")
+        registry.make("targets", "ort:provider=cuda")
     assert caught.value.exit_code == 2
     assert "its own lowering" in str(caught.value)
     assert "--provider cpu" in str(caught.value)
@@ -50,7 +50,7 @@ def test_cuda_says_that_it_is_not_there_yet() -> None:
 @pytest.mark.parametrize("text", ["ort:provider=tpu", "ort:threads=-1", "ort:threads=many"])
 def test_wrong_options(text: str) -> None:
     with pytest.raises(SpecError):
-        api.parse_target(text)
+        registry.make("targets", text)
 
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
