@@ -151,6 +151,7 @@ def optimize_file(
         report.components.append(component)
         component.passes = pipeline.run(model, RunContext(path.stem, seed=seed, progress=progress))
         component.nodes = sum(1 for _ in model.graph.all_nodes())
+        component.seconds = sum(each.seconds for each in component.passes)
         if not dry_run:
             out.parent.mkdir(parents=True, exist_ok=True)
             record = provenance.file_record(path, out, text, pipeline, component.passes, model)

@@ -112,6 +112,16 @@ def test_errors_say_what_where_why_and_what_to_do(
     check_golden(f"error_{name}", words, (code, out, err))
 
 
+def test_a_path_that_cannot_be_written_is_an_error_of_the_machine(
+    sdopt: Shell, tmp_path: Path
+) -> None:
+    make_bundle(tmp_path / "b")
+    words = ("run", "b", "--prompt", "x", "-o", "b/manifest.json/images")
+    code, out, err = sdopt(*words)
+    assert code == 1
+    check_golden("error_output_under_a_file", words, (code, out, err))
+
+
 def test_optimize_prints_the_bundle_so_that_verbs_pipe(sdopt: Shell, tmp_path: Path) -> None:
     make_bundle(tmp_path / "b")
     words = ("optimize", "b", "--passes", "clean")

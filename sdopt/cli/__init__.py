@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
-from sdopt.errors import SdoptError
+from sdopt.errors import SdoptError, storage_error
 
 
 def main() -> None:
@@ -14,5 +15,11 @@ def main() -> None:
     try:
         app(prog_name="sdopt")
     except SdoptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:  # a folder that cannot be read or written, say
+        _fail(storage_error(error, "read or write a file"))
+
+
+def _fail(error: SdoptError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
