@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,11 @@ def optimize(
         SdoptError: see the subclasses; what existed before is whole in every case.
     """
     opened, pipeline = Bundle.open(bundle), Pipeline.parse(passes)
+    if not re.fullmatch(r"\w[\w.-]*", stage):
+        raise UsageError(
+            f"{stage!r} is no name for a stage",
+            hint="use letters, digits, dots, dashes and underscores",
+        )
     if stage in (source, RAW):
         raise UsageError(
             f"the stage {stage!r} cannot be written by optimize",

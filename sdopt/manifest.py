@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from sdopt.errors import BundleError
@@ -72,6 +73,12 @@ class ComponentEntry:
     role: str
     prefix: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse a place outside the bundle, which only a forged manifest names."""
+        parts = PurePosixPath(self.folder).parts
+        if ".." in parts or self.folder.startswith("/") or "/" in self.prefix:
+            raise ValueError(f"the folder {self.folder!r} leaves the bundle")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -101,7 +108,7 @@ class Manifest:
                 for name, entry in data.pop("components").items()
             }
             return cls(**_known(cls, data), components=entries)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _unreadable(where, error) from error
 
 

@@ -136,6 +136,25 @@ def test_a_garbled_manifest_is_said(tmp_path: Path, text: str) -> None:
         Bundle.open(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["../elsewhere", "/etc", "unet/../../elsewhere"])
+def test_a_manifest_that_leaves_the_bundle_is_refused(tmp_path: Path, folder: str) -> None:
+    make_bundle(tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    data["components"]["unet"]["folder"] = folder
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="cannot be read") as caught:
+        Bundle.open(tmp_path)
+    assert "leaves the bundle" in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["../outside", "a/b", ".hidden", ""])
+def test_a_stage_is_named_by_a_plain_word(tmp_path: Path, stage: str) -> None:
+    make_bundle(tmp_path / "b")
+    with pytest.raises(UsageError, match="no name for a stage"):
+        api.optimize(tmp_path / "b", "clean", stage=stage)
+    assert not (tmp_path / "outside.onnx").exists()
+
+
 def test_names_that_do_not_exist_are_said_with_those_that_do(tmp_path: Path) -> None:
     make_bundle(tmp_path, ("unet", "vae_decoder"))
     with pytest.raises(UnknownNameError, match="no component 'unett'") as caught:
