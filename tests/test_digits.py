@@ -118,7 +118,6 @@ def test_token_merging_still_draws_digits(digits_bundle: Path) -> None:
     assert right["tome5"] >= 0.8
 
 
-@pytest.mark.filterwarnings("ignore:__array")  # diffusers 0.42 hands torch tensors to np.array()
 @pytest.mark.parametrize("stage", ["model", "ort_cpu"])
 def test_the_images_are_those_of_pytorch(digits_bundle: Path, stage: str) -> None:
     import torch

@@ -16,9 +16,6 @@ from sdopt.runtime.components import TextEncoder, Unet, Vae
 from sdopt.session import Port
 from tests.exporters import tiny
 
-# diffusers 0.42 hands torch tensors to numpy 2's array() in its image processor and schedulers.
-pytestmark = pytest.mark.filterwarnings("ignore:__array")
-
 FLOAT = np.dtype(np.float32)
 
 

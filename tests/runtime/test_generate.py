@@ -27,9 +27,6 @@ from sdopt.runtime.schedulers import SCHEDULERS
 from sdopt.runtime.session import choose_stages, opener
 from tests.runtime import toy
 
-# diffusers 0.42 hands torch tensors to numpy 2's array() in its image processor and schedulers.
-pytestmark = pytest.mark.filterwarnings("ignore:__array")
-
 SMALL = {"steps": 2, "width": 32, "height": 24}
 
 
