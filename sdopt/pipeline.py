@@ -53,6 +53,10 @@ class Pipeline:
         """Only the passes that apply to components of that role."""
         return Pipeline(tuple(p for p in self.passes if role in p.roles))
 
+    def reads(self) -> list[str]:
+        """Digests of the files that the passes' options name."""
+        return [digest for one in self.passes for digest in one.reads()]
+
     def refuse_repeats(self, history: Iterable[Step], where: str) -> None:
         """Refuse a pass that must run once and is in the stage's history already.
 

@@ -65,7 +65,7 @@ def file_record(
         origin=path.name,
         family="",
         dtype=dominant_dtype(model),
-        key=key([source, str(pipeline), known]),
+        key=key([source, str(pipeline), known, *pipeline.reads()]),
         history=(*history, *history_of(reports)),
         versions=known,
     )

@@ -14,10 +14,14 @@ PASSES: dict[str, str] = {
     "clean": "sdopt.passes.clean:Clean",
     "fuse_qkv": "sdopt.passes.fuse_qkv:FuseQkv",
     "pad_align": "sdopt.passes.pad_align:PadAlign",
+    "lora": "sdopt.passes.lora:Lora",
+    "cast_bf16": "sdopt.passes.cast_bf16:CastBf16",
     "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
     "tome": "sdopt.passes.tome:Tome",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
+    "simplify": "sdopt.passes.simplify:Simplify",
+    "graphsurgeon": "sdopt.passes.graphsurgeon:Graphsurgeon",
 }
 """Built-in passes: CLI word to ``module:Class``."""
 

@@ -111,6 +111,7 @@ class Job:
         if self.target is not None:
             known |= self.target.versions()
         deciding = [source.digest, str(pipeline), self.seed, str(self.target), known]
+        deciding += pipeline.reads()
         return dataclasses.replace(
             source.record,
             stage=self.stage,

@@ -18,7 +18,7 @@ LAYERS = (
     ("errors",),
     ("spec", "manifest"),
     ("weights",),
-    ("graph", "datafile", "session"),
+    ("graph", "datafile", "session", "safetensors_header"),
     ("fingerprint",),
     ("modelfile",),
     ("tolerance", "registry"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sdopt.errors import SourceError
-from sdopt.exporters.safetensors_header import Entry, broken, parse_json, read_header
+from sdopt.safetensors_header import Entry, broken, parse_json, read_header
 
 NAMES = ("diffusion_pytorch_model", "model")
 """File stems under which diffusers and transformers save a component."""
@@ -71,18 +71,7 @@ class Checkpoint:
 
     def external(self, name: str) -> ir.ExternalTensor:
         """The tensor ``name`` as a range of its file; nothing is read."""
-        entry = self.entries[name]
-        # Hub caches hold links out of their folder; a range must name the real file and folder.
-        real = Path(os.path.realpath(entry.file))
-        return ir.ExternalTensor(
-            real.name,
-            entry.offset,
-            entry.length,
-            entry.dtype,
-            shape=ir.Shape(entry.shape),
-            name=name,
-            base_dir=real.parent,
-        )
+        return self.entries[name].external(name)
 
     def fingerprint(self) -> str:
         """A digest of headers, file sizes and 128 sampled bytes of every tensor."""

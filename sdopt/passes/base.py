@@ -117,6 +117,10 @@ class Pass(abc.ABC):
         """How exact these options are; the class's ``numerics`` unless an option changes it."""
         return self.numerics
 
+    def reads(self) -> tuple[str, ...]:
+        """Digests of the files that the options name: they decide the result as options do."""
+        return ()
+
     @abc.abstractmethod
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Rewrite ``model`` in place; say what was done and left through ``ctx``."""

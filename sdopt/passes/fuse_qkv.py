@@ -31,7 +31,7 @@ class FuseQkv(Pass):
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
-    after: ClassVar[tuple[str, ...]] = ("clean", "raise_ops")
+    after: ClassVar[tuple[str, ...]] = ("lora", "clean", "raise_ops")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Fuse behind every Attention node of the main graph."""

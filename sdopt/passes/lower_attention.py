@@ -47,7 +47,14 @@ class LowerAttention(Pass):
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
-    after: ClassVar[tuple[str, ...]] = ("clean", "raise_ops", "fuse_qkv", "cast_fp16", "tome")
+    after: ClassVar[tuple[str, ...]] = (
+        "clean",
+        "raise_ops",
+        "fuse_qkv",
+        "cast_fp16",
+        "cast_bf16",
+        "tome",
+    )
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Lower every Attention of the main graph that the kernel can take."""

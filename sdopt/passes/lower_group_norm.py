@@ -49,7 +49,14 @@ class LowerGroupNorm(Pass):
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
-    after: ClassVar[tuple[str, ...]] = ("clean", "raise_ops", "cast_fp16", "tome", "pad_align")
+    after: ClassVar[tuple[str, ...]] = (
+        "clean",
+        "raise_ops",
+        "cast_fp16",
+        "cast_bf16",
+        "tome",
+        "pad_align",
+    )
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Lower every GroupNormalization of the main graph."""

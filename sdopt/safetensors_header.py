@@ -52,6 +52,20 @@ class Entry:
     offset: int
     length: int
 
+    def external(self, name: str) -> ir.ExternalTensor:
+        """The tensor as a range of its file under ``name``; nothing is read."""
+        # Hub caches hold links out of their folder; a range must name the real file and folder.
+        real = Path(os.path.realpath(self.file))
+        return ir.ExternalTensor(
+            real.name,
+            self.offset,
+            self.length,
+            self.dtype,
+            shape=ir.Shape(self.shape),
+            name=name,
+            base_dir=real.parent,
+        )
+
 
 def read_header(path: Path) -> tuple[dict[str, Entry], bytes]:
     """The entries of one safetensors file in the order of their offsets, and its raw header.

@@ -1,0 +1,1 @@
+"""A plug-in of sdopt: the pass ``swap_gelu``."""

@@ -1,0 +1,146 @@
+"""What ``cast_fp16`` and ``cast_bf16`` share: all but the type and its range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from sdopt import graph
+from sdopt.passes import _precision
+from sdopt.passes.base import Interface, Numerics, Pass, PassContext
+
+_WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+
+
+@dataclass(frozen=True)
+class HalfCast(Pass):
+    """A cast of weights and arithmetic from float32 to ``half``."""
+
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+    after: ClassVar[tuple[str, ...]] = (
+        "lora",
+        "clean",
+        "raise_ops",
+        "fuse_qkv",
+        "pad_align",
+        "tome",
+    )
+    interface: ClassVar[Interface] = Interface.CHANGES
+    half: ClassVar[ir.DataType]
+    """The type to compute in."""
+    narrow: ClassVar[bool]
+    """Whether ``half`` holds fewer magnitudes than float32, so that weights may not fit."""
+
+    keep: tuple[str, ...] = ()
+
+    def changes_interface(self) -> bool:
+        """Inputs and outputs become half unless ``keep`` holds ``io``."""
+        return "io" not in self.keep
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        """Decide per node, then retype values, weights and inputs."""
+        if _precision.is_half_already(model):
+            ctx.skip("the weights are in a half type already", "the whole graph")
+            return
+        ShapeInferencePass()(model)  # exporters leave intermediate values without a type
+        types = _precision.Types(graph.opset(model), self.half)
+        nodes = list(graph.nodes(model))
+        stays = self._staying(model, nodes, types, ctx)
+        saturated, beyond = self._out_of_range(model, ctx)
+        stays |= beyond
+        floats = {
+            v for node in nodes for v in node.inputs if v is not None and _precision.is_float(v)
+        }
+        floats |= {v for node in nodes for v in node.outputs if _precision.is_float(v)}
+        caster = _precision.Caster(self.half, types, stays.__contains__, saturated, ctx.unique)
+        if self.changes_interface():
+            self._retype_inputs(model, stays)
+        for node in nodes:
+            caster.retype_outputs(node)
+        for node in nodes:
+            caster.settle_inputs(node, floats.__contains__)
+        self._settle_outputs(model, caster, floats)
+        graph.drop_unused_initializers(model)
+        ctx.count("weight cast", caster.weights)
+        ctx.count("Cast inserted", caster.casts)
+        ctx.count("node kept in fp32", len(stays))
+
+    def _staying(
+        self,
+        model: ir.Model,
+        nodes: list[ir.Node],
+        types: _precision.Types,
+        ctx: PassContext,
+    ) -> set[ir.Node]:
+        """The nodes that stay in float32, whatever their weights are."""
+        stays = _precision.phase_nodes(nodes)
+        stays |= {node for node in nodes if graph.FLOAT32_KEY in node.metadata_props}
+        for entry in (entry for entry in self.keep if entry != "io"):
+            found = {
+                node
+                for node in nodes
+                if entry == node.op_type or graph.in_module(graph.module_path(node), entry)
+            }
+            if not found:
+                ctx.skip(f"keep={entry} names no operator and no module of this graph", entry)
+            stays |= found
+        word = _WORDS[self.half]
+        for node in nodes:
+            known = types.of(node)
+            if node.graph is not model.graph or any(
+                a.type == ir.AttributeType.GRAPH for a in node.attributes.values()
+            ):
+                stays.add(node)
+            elif known is None and any(map(_precision.is_float, [*node.inputs, *node.outputs])):
+                ctx.skip(f"{node.op_type} has no known {word} form and stays in fp32", node)
+                stays.add(node)
+            elif known is not None and not known[1]:
+                if node not in stays and any(map(_precision.is_float, node.outputs)):
+                    opset = graph.opset(model)
+                    ctx.skip(f"{node.op_type} has no {word} form in opset {opset}", node)
+                stays.add(node)
+        return stays
+
+    def _out_of_range(
+        self, model: ir.Model, ctx: PassContext
+    ) -> tuple[frozenset[ir.Value], set[ir.Node]]:
+        """The constants whose overflow is clipped, and the nodes whose weights would overflow.
+
+        Where ``half`` has the range of float32 only masks are read: the lowest float32 is the
+        one number in use that still rounds to ``-inf`` there.
+        """
+        saturated, stays = set(), set()
+        for value in [v for one in model.graphs() for v in one.initializers.values()]:
+            if value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
+                continue
+            mask = _precision.is_mask(value)
+            if not self.narrow and not mask:
+                continue
+            beyond, negative = _precision.out_of_range(value.const_value, self.half)
+            if beyond and negative and mask:
+                saturated.add(value)
+                ctx.count("mask made finite")
+            elif beyond and self.narrow:
+                for user in value.consumers():
+                    ctx.skip(f"{value.name} holds values beyond 65504: kept in fp32", user)
+                    stays.add(user)
+        return frozenset(saturated), stays
+
+    def _retype_inputs(self, model: ir.Model, stays: set[ir.Node]) -> None:
+        """Inputs become half, except one that only float32 nodes read (the timestep)."""
+        for value in model.graph.inputs:
+            readers = list(value.consumers())
+            if value.dtype == ir.DataType.FLOAT and not all(r in stays for r in readers):
+                value.dtype = self.half
+
+    def _settle_outputs(
+        self, model: ir.Model, caster: _precision.Caster, floats: set[ir.Value]
+    ) -> None:
+        """Give each output that was float32 its declared type under its own name."""
+        wanted = self.half if self.changes_interface() else ir.DataType.FLOAT
+        for index, value in enumerate(model.graph.outputs):
+            if value in floats and value.dtype != wanted:
+                graph.append_output_cast(model.graph, index, wanted, caster.unique)
