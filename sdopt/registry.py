@@ -12,6 +12,7 @@ from sdopt.errors import SdoptError, UnknownNameError
 
 PASSES: dict[str, str] = {
     "clean": "sdopt.passes.clean:Clean",
+    "raise_ops": "sdopt.passes.raise_ops:RaiseOps",
     "fuse_qkv": "sdopt.passes.fuse_qkv:FuseQkv",
     "pad_align": "sdopt.passes.pad_align:PadAlign",
     "lora": "sdopt.passes.lora:Lora",

@@ -1,0 +1,284 @@
+"""Sizes as products of numbers and unknowns, carried through a graph in one sweep.
+
+Exporters leave most values without a shape and compute shapes with chains of operators. What a
+pattern needs is whether two sizes are the same one, also where nobody knows the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from sdopt import graph
+from sdopt.passes._raise_dims import ONE, Dim, Dims, arithmetic, broadcast, over, sliced, times
+
+_SAME = frozenset(
+    {"Abs", "Cast", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Log"}
+    | {"HardSwish", "Identity", "LeakyRelu", "Mish", "Neg", "Reciprocal", "Relu", "Selu"}
+    | {
+        "Sigmoid",
+        "Sin",
+        "Softmax",
+        "Softplus",
+        "Sqrt",
+        "Swish",
+        "Tanh",
+        "Trilu",
+        "InstanceNormalization",
+    }
+    | {"BatchNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"}
+)
+_BROADCAST = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu"})
+_COMPARES = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
+_BROADCAST |= _COMPARES
+_TYPED_BY_FIRST = (
+    _SAME | _BROADCAST | frozenset({"MatMul", "Conv", "Gemm", "Reshape", "Transpose"})
+)
+_TYPED_BY_FIRST |= {"Squeeze", "Unsqueeze", "Split", "Slice", "Concat", "Gather", "Expand"}
+_TYPED_BY_FIRST |= {"ReduceMean", "Attention", "AveragePool", "MaxPool", "Resize", "Pad"}
+_PASSED_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity"})
+
+
+class Shapes:
+    """The sizes and element types of the values of ``main``, as far as they can be proven."""
+
+    def __init__(self, main: ir.Graph) -> None:
+        self._dims: dict[ir.Value, Dims | None] = {}
+        self._elements: dict[ir.Value, Dims | None] = {}
+        self._types: dict[ir.Value, ir.DataType | None] = {}
+        for node in main:
+            if node.domain in ("", "ai.onnx"):
+                self._visit(node)
+
+    def dims(self, value: ir.Value | None) -> Dims | None:
+        """The dimensions, or None where not even their number is known."""
+        if value is None:
+            return None
+        if value not in self._dims:
+            self._dims[value] = _declared(value)
+        return self._dims[value]
+
+    def last(self, value: ir.Value | None) -> Dim | None:
+        """The last dimension."""
+        dims = self.dims(value)
+        return dims[-1] if dims else None
+
+    def elements(self, value: ir.Value | None) -> Dims | None:
+        """What a small integer tensor holds, flattened."""
+        if value is None:
+            return None
+        if value not in self._elements:
+            array = graph.constant(value, most=16)
+            whole = array is not None and array.dtype.kind in "iu"
+            self._elements[value] = (
+                [Dim(int(n)) for n in array.reshape(-1)] if whole and array is not None else None
+            )
+        return self._elements[value]
+
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """The element type."""
+        if value is None:
+            return None
+        if value.dtype is not None:
+            return value.dtype
+        if value.const_value is not None:
+            return value.const_value.dtype
+        return self._types.get(value)
+
+    def stands_for(self, new: ir.Value, old: ir.Value) -> None:
+        """Let ``new`` have what is known of ``old``, and show it to whoever comes later."""
+        dims, dtype = self.dims(old), self.dtype(old)
+        self._dims[new], self._types[new] = dims, dtype
+        new.type, new.shape = old.type, old.shape
+        self.show(new)
+
+    def show(self, value: ir.Value) -> None:
+        """Write the numbers among the dimensions where there is no shape."""
+        dims, dtype = self.dims(value), self.dtype(value)
+        if value.type is None and dtype is not None:
+            value.type = ir.TensorType(dtype)
+        if value.shape is None and dims is not None and value.type is not None:
+            value.shape = ir.Shape([dim.known for dim in dims])
+
+    def _visit(self, node: ir.Node) -> None:
+        first = node.inputs[0] if node.inputs else None
+        for index, output in enumerate(node.outputs):
+            if node.op_type == "Cast":
+                self._types[output] = ir.DataType(graph.attribute(node, "to"))
+            elif node.op_type == "Where":
+                self._types[output] = self.dtype(node.inputs[1])
+            elif node.op_type == "Constant" and (tensor := graph.constant_tensor(node)):
+                self._types[output] = tensor.dtype
+            elif node.op_type in _TYPED_BY_FIRST - _COMPARES:
+                self._types[output] = self.dtype(first)
+            found, declared = self._infer(node, index), _declared(output)
+            if found is not None and declared is not None and len(found) == len(declared):
+                found = [
+                    b if b.known is not None else a for a, b in zip(found, declared, strict=True)
+                ]
+            self._dims[output] = declared if found is None else found
+        if len(node.outputs) == 1:
+            elements = self._evaluate(node)
+            if elements is not None and len(elements) <= 16:
+                self._elements[node.outputs[0]] = elements
+
+    def _infer(self, node: ir.Node, index: int) -> Dims | None:
+        op, dims = node.op_type, [self.dims(value) for value in node.inputs]
+        first = dims[0] if dims else None
+        if op == "Reshape":
+            return self._reshape(node, first)
+        if op == "Constant" and (tensor := graph.constant_tensor(node)) is not None:
+            return [Dim(size) for size in tensor.shape.numpy()]
+        if op == "ConstantOfShape":
+            return self.elements(node.inputs[0])
+        if op == "Gemm" and dims[1] is not None:
+            row = 1 if graph.attribute(node, "transA", 0) else 0
+            columns = 0 if graph.attribute(node, "transB", 0) else 1
+            outer = first[row] if first is not None else _fresh(node.outputs[0])(0)
+            return [outer, dims[1][columns]]
+        if first is None:
+            return None
+        new = _fresh(node.outputs[index])
+        if op in _SAME:
+            return first if index == 0 else None
+        if op in _BROADCAST:
+            second = dims[1] if len(dims) > 1 else None
+            return None if second is None else broadcast(first, second, new)
+        if op == "Expand":
+            target = self.elements(node.inputs[1])
+            return None if target is None else broadcast(first, target, new)
+        if op == "Where":
+            a, b = dims[1:]
+            return None if a is None or b is None else broadcast(broadcast(first, a, new), b, new)
+        if op == "Gather" and dims[1] is not None:
+            axis = graph.attribute(node, "axis", 0) % len(first)
+            return [*first[:axis], *dims[1], *first[axis + 1 :]]
+        if op == "Transpose":
+            return [first[axis] for axis in graph.attribute(node, "perm", range(len(first))[::-1])]
+        if op == "MatMul" and dims[1] is not None and len(first) > 1 and len(dims[1]) > 1:
+            rows = broadcast(first[:-2], dims[1][:-2], new)
+            return [*rows, first[-2], dims[1][-1]]
+        if op == "Conv" and dims[1] is not None:
+            return [first[0], dims[1][0], *(new(axis) for axis in range(2, len(first)))]
+        if op in ("AveragePool", "MaxPool"):
+            return [*first[:2], *(new(axis) for axis in range(2, len(first)))]
+        if op in ("Resize", "Pad"):
+            return [new(axis) for axis in range(len(first))]
+        if op in ("Concat", "Split", "Slice"):
+            return self._cut(node, first, dims, index)
+        if op == "ReduceMean" and graph.attribute(node, "keepdims", 1):
+            axes = self.axes(node)
+            if axes is not None:
+                return [ONE if i in axes else dim for i, dim in enumerate(first)]
+        if op == "Unsqueeze" and (at := self._axes(node)) is not None:
+            places = {int(a.number) % (len(first) + len(at)) for a in at}
+            rest = iter(first)
+            return [ONE if i in places else next(rest) for i in range(len(first) + len(at))]
+        if op == "Attention" and len(first) == 4 and dims[2] is not None and index == 0:
+            return [*first[:3], dims[2][-1]]
+        return None
+
+    def axes(self, node: ir.Node) -> set[int] | None:
+        """The reduced axes of a Reduce, counted from 0."""
+        first, given = self.dims(node.inputs[0]), self._axes(node)
+        if first is None or given is None:
+            return None
+        return {int(axis.number) % len(first) for axis in given}
+
+    def _axes(self, node: ir.Node) -> Dims | None:
+        """The axes as they are given: an attribute in older opsets."""
+        given = graph.attribute(node, "axes")
+        if given is not None:
+            return [Dim(int(axis)) for axis in given]
+        return self.elements(node.inputs[1]) if len(node.inputs) > 1 else None
+
+    def _reshape(self, node: ir.Node, first: Dims | None) -> Dims | None:
+        target, new = self.elements(node.inputs[1]), _fresh(node.outputs[0])
+        if target is None:
+            length = self.dims(node.inputs[1])
+            rank = length[0].known if length else None
+            return [new(axis) for axis in range(rank)] if rank is not None else None
+        dims: list[Dim] = []
+        for axis, dim in enumerate(target):
+            if dim == Dim(0) and not graph.attribute(node, "allowzero", 0):
+                dims.append(first[axis] if first is not None and axis < len(first) else new(axis))
+            else:
+                dims.append(dim)
+        if (holes := [axis for axis, dim in enumerate(dims) if dim == Dim(-1)]) and first:
+            total, taken = ONE, ONE
+            for dim in first:
+                total = times(total, dim)
+            for dim in dims:
+                taken = times(taken, dim) if dim != Dim(-1) else taken
+            dims[holes[0]] = over(total, taken)
+        return [new(axis) if dim == Dim(-1) else dim for axis, dim in enumerate(dims)]
+
+    def _cut(
+        self, node: ir.Node, first: Dims, dims: Sequence[Dims | None], index: int
+    ) -> Dims | None:
+        """Concat, Split and Slice: the cut axis gets a size of its own unless it is plain."""
+        new = _fresh(node.outputs[index])
+        if node.op_type == "Slice":
+            given = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
+            axes = None if given is None else {int(a.number) % len(first) for a in given}
+            return [new(i) if axes is None or i in axes else dim for i, dim in enumerate(first)]
+        axis = graph.attribute(node, "axis", 0) % len(first)
+        size = new(axis)
+        if node.op_type == "Concat":
+            parts = [one[axis].known if one is not None else None for one in dims]
+            numbers = [part for part in parts if part is not None]
+            size = Dim(sum(numbers)) if len(numbers) == len(parts) else size
+        elif len(node.inputs) > 1 and (sizes := self.elements(node.inputs[1])) is not None:
+            size = sizes[index]
+        return [*first[:axis], size, *first[axis + 1 :]]
+
+    def _evaluate(self, node: ir.Node) -> Dims | None:
+        op, out = node.op_type, node.outputs[0]
+        if op == "Shape":
+            dims = self.dims(node.inputs[0])
+            span = slice(graph.attribute(node, "start", 0), graph.attribute(node, "end"))
+            return None if dims is None else list(dims)[span]
+        if op not in _PASSED_ON | {"Gather", "Slice", "Concat", "Mul", "Div", "Add", "Sub"}:
+            return None
+        parts = [self.elements(value) for value in node.inputs]
+        first = parts[0] if parts else None
+        if op == "Gather" and graph.attribute(node, "axis", 0) == 0 and parts[1] is not None:
+            places = [int(at.number) for at in parts[1]]
+            if first is not None and all(-len(first) <= at < len(first) for at in places):
+                return [first[at] for at in places]
+            # One number of a vector that nothing is known about is still one number.
+            is_shape = self.dtype(node.inputs[0]) == ir.DataType.INT64
+            return [Dim(1, (("value", id(out)),))] if len(places) == 1 and is_shape else None
+        if op == "Concat":
+            whole = [part for part in parts if part is not None]
+            return [d for part in whole for d in part] if len(whole) == len(parts) else None
+        if first is None:
+            return None
+        if op in _PASSED_ON:
+            return first
+        if op == "Slice":
+            return sliced(first, parts[1:])
+        second = parts[1] if len(parts) > 1 else None
+        return None if second is None else arithmetic(op, first, second)
+
+
+def _declared(value: ir.Value) -> Dims | None:
+    shape = value.shape
+    if shape is None and value.const_value is not None:
+        return [Dim(size) for size in value.const_value.shape.numpy()]
+    if shape is None:
+        return None
+    new = _fresh(value)
+    return [
+        Dim(dim)
+        if isinstance(dim, int)
+        else Dim(1, (("name", dim.value),))
+        if dim.value
+        else new(i)
+        for i, dim in enumerate(shape)
+    ]
+
+
+def _fresh(value: ir.Value) -> Callable[[int], Dim]:
+    return lambda axis: Dim(1, (("dim", id(value), axis),))

@@ -1,0 +1,60 @@
+"""``raise_ops``: attention, norms and GELU written out by older exporters, as one node each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from sdopt import graph
+from sdopt.passes._raise_activations import raise_gelu
+from sdopt.passes._raise_attention import raise_attention
+from sdopt.passes._raise_norms import raise_group_norm, raise_layer_norm
+from sdopt.passes._raise_opset import OPSET, upgrade
+from sdopt.passes._raise_shapes import Shapes
+from sdopt.passes.base import Numerics, Pass, PassContext
+
+
+@dataclass(frozen=True)
+class RaiseOps(Pass):
+    """Write what other exporters spell out as the one node that opset 23 has for it.
+
+    Before / After:
+        opset 11 to 22                                        ->  opset 23
+        MatMul(q, k^T), scale, mask, Softmax, MatMul(., v)    ->  Attention(q, k, v, mask)
+        Reshape, InstanceNormalization, Reshape, Mul, Add     ->  GroupNormalization
+        ReduceMean, Sub, Pow, ReduceMean, Add, Sqrt, Div      ->  LayerNormalization
+        Pow, ReduceMean, Add, Sqrt, Div, Mul                  ->  RMSNormalization
+        x * 0.5 * (1 + Erf(x / sqrt(2))), or with Tanh        ->  Gelu
+
+    Applies when: the dataflow is that, whatever its nodes are called; sizes may be numbers or
+    computed. Attention is found in 4-D, and in 3-D with the heads in the batch. What nearly
+    matches stays, with the reason. Quick-GELU and SiLU have no operator in opset 23 and stay
+    Sigmoid and Mul. A model with an operator that is not known to mean the same in opset 23 is
+    left whole.
+
+    Numerics: reassociated (one kernel sums in another order than several).
+
+    Options: none.
+    """
+
+    numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
+    after: ClassVar[tuple[str, ...]] = ("clean",)
+
+    def apply(self, model: ir.Model, ctx: PassContext) -> None:
+        """Bring the model to opset 23, then raise what the main graph spells out."""
+        if graph.opset(model) < OPSET and not upgrade(model, ctx):
+            return
+        shapes = Shapes(model.graph)
+        for node in list(model.graph):
+            if node.graph is None or node.domain not in ("", "ai.onnx"):
+                continue
+            if node.op_type == "Softmax":
+                raise_attention(node, shapes, ctx)
+            elif node.op_type == "InstanceNormalization":
+                raise_group_norm(node, shapes, ctx)
+            elif node.op_type == "Sqrt":
+                raise_layer_norm(node, shapes, ctx)
+            elif node.op_type in ("Erf", "Tanh"):
+                raise_gelu(node, shapes, ctx)
