@@ -136,6 +136,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
         notes=tuple(ctx.notes),
         new_bytes=sum(t.nbytes for t in new if t is not None and id(t) not in known),
         changed=changed,
+        present={name: count for name, count in ctx.present.items() if count},
     )
 
 

@@ -23,17 +23,42 @@ def part(progress: Progress | None, index: int, count: int, label: str = "") -> 
 
 @dataclass(frozen=True)
 class Skip:
-    """A place that a pass left alone: the reason in words a user can act on, and where."""
+    """A place that a pass left alone: the reason in words a user can act on, and where.
+
+    ``kind`` is the kind of thing that the place is (``attention``), as in ``PassReport.rewrites``;
+    empty where the pass does not say.
+    """
 
     reason: str
     where: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of one kind a pass covered.
+
+    ``done`` are the places that have the form the pass makes, ``rewritten`` of them by this run;
+    ``left`` are those that were found and left alone.
+    """
+
+    kind: str
+    rewritten: int
+    done: int
+    left: tuple[Skip, ...]
+
+    @property
+    def found(self) -> int:
+        """Every place of the kind, done or left."""
+        return self.done + len(self.left)
 
 
 @dataclass(frozen=True)
 class PassReport:
     """One pass over one component.
 
-    ``rewrites`` maps what was rewritten (``self-attention qkv``) to how often; ``ops_before`` and
+    ``rewrites`` maps the kind of what was rewritten (``attention``) to how often, ``present`` the
+    kind of what had the wanted form already; ``ops_before`` and
     ``ops_after`` count operators; ``new_bytes`` are bytes of computed weights still to be written;
     ``seconds`` is wall time.
     """
@@ -50,6 +75,21 @@ class PassReport:
     notes: tuple[str, ...]
     new_bytes: int
     changed: bool
+    present: dict[str, int] = field(default_factory=dict)
+
+    def coverage(self) -> list[Coverage]:
+        """What was found and what became of it, kind by kind, for the kinds of skips that say."""
+        kinds = dict.fromkeys([*self.rewrites, *self.present, *(s.kind for s in self.skips)])
+        return [
+            Coverage(
+                kind,
+                self.rewrites.get(kind, 0),
+                self.rewrites.get(kind, 0) + self.present.get(kind, 0),
+                tuple(skip for skip in self.skips if skip.kind == kind),
+            )
+            for kind in kinds
+            if kind
+        ]
 
     def op_deltas(self) -> dict[str, int]:
         """Operators whose count changed, as after minus before."""

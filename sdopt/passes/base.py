@@ -55,6 +55,7 @@ class PassContext:
     seed: int = 0
     target: str | None = None
     rewrites: dict[str, int] = field(default_factory=dict)
+    present: dict[str, int] = field(default_factory=dict)
     skips: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _names: set[str] | None = None
@@ -77,10 +78,14 @@ class PassContext:
         """Record ``times`` rewrites of the kind ``what``."""
         self.rewrites[what] = self.rewrites.get(what, 0) + times
 
-    def skip(self, reason: str, where: ir.Node | str) -> None:
-        """Record a place that was left alone, and why."""
+    def already(self, what: str, times: int = 1) -> None:
+        """Record ``times`` places of the kind ``what`` that have the wanted form without us."""
+        self.present[what] = self.present.get(what, 0) + times
+
+    def skip(self, reason: str, where: ir.Node | str, kind: str = "") -> None:
+        """Record a place of the kind ``kind`` that was left alone, and why."""
         place = where if isinstance(where, str) else graph.module_path(where)
-        self.skips.append(Skip(reason, place))
+        self.skips.append(Skip(reason, place, kind))
 
     def note(self, text: str) -> None:
         """Record something a user should know about the result."""
