@@ -21,6 +21,9 @@ PASSES: dict[str, str] = {
     "tome": "sdopt.passes.tome:Tome",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
+    "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",
+    "fuse_skip_norm": "sdopt.passes.fuse_skip_norm:FuseSkipNorm",
+    "fuse_geglu": "sdopt.passes.fuse_geglu:FuseGeglu",
     "simplify": "sdopt.passes.simplify:Simplify",
     "graphsurgeon": "sdopt.passes.graphsurgeon:Graphsurgeon",
 }

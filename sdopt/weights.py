@@ -182,6 +182,33 @@ def concat(
     return BlockTensor(blocks, dtype, shape, name=name)
 
 
+def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtocol:
+    """A convolution's ``[O, I, kH, kW]`` as ``[O, kH, kW, I]``, some output channels at a time.
+
+    A 1x1 kernel has the same bytes in both orders: where it is a range of a file it stays one.
+    """
+    outs, ins, *kernel = (int(size) for size in tensor.shape.numpy())
+    shape = (outs, *kernel, ins)
+    if math.prod(kernel) == 1 and isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+    width = math.prod((ins, *kernel))
+    step = max(1, BLOCK_BYTES // (width * tensor.dtype.numpy().itemsize))
+
+    def blocks() -> Blocks:
+        for part in rechunk(read_blocks(tensor), step * width):
+            yield np.moveaxis(part.reshape(-1, ins, *kernel), 1, -1).reshape(-1)
+
+    return BlockTensor(blocks, tensor.dtype, shape, name=name)
+
+
 def rechunk(blocks: Iterable[np.ndarray], count: int) -> Blocks:
     """The same elements in flat arrays of exactly ``count``, the last one shorter."""
     held: list[np.ndarray] = []

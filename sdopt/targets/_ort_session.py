@@ -44,12 +44,12 @@ class OrtSession:
 
     def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> None:
         self._where = str(path)
-        with self._explained("onnxruntime cannot load this graph"):
+        with explained("onnxruntime cannot load this graph", self._where):
             self._session = onnxruntime.InferenceSession(
-                str(path), _options(threads, optimize), providers=["CPUExecutionProvider"]
+                str(path), session_options(threads, optimize), providers=["CPUExecutionProvider"]
             )
-        self.inputs: Mapping[str, Port] = self._ports(self._session.get_inputs())
-        self.outputs: Mapping[str, Port] = self._ports(self._session.get_outputs())
+        self.inputs: Mapping[str, Port] = ports(self._session.get_inputs(), self._where)
+        self.outputs: Mapping[str, Port] = ports(self._session.get_outputs(), self._where)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute every output; float feeds are cast to the declared dtype.
@@ -59,38 +59,51 @@ class OrtSession:
             BuildError: onnxruntime failed inside the graph (a size it cannot take, say).
         """
         arrays = checked_feeds(self.inputs, feeds, self._where)
-        with self._explained("onnxruntime failed in this graph"):
+        with explained("onnxruntime failed in this graph", self._where):
             values = self._session.run(list(self.outputs), arrays)
         return dict(zip(self.outputs, values, strict=True))
 
-    def _ports(self, arguments: list[Any]) -> dict[str, Port]:
-        ports = {}
-        for one in arguments:
-            if one.type not in _DTYPES:
-                raise BuildError(
-                    f"{one.name} is a {one.type}, which cannot be passed to onnxruntime's CPU",
-                    where=self._where,
-                    hint="export with --dtype fp16 or fp32",
-                )
-            # A dynamic axis without a name is None to onnxruntime.
-            dims = tuple(dim if dim is not None else "?" for dim in one.shape)
-            ports[one.name] = Port(np.dtype(_DTYPES[one.type]), dims)
-        return ports
 
-    @contextlib.contextmanager
-    def _explained(self, message: str) -> Iterator[None]:
-        try:
-            yield
-        except _FAILURES as error:
+def ports(arguments: list[Any], where: str) -> dict[str, Port]:
+    """A graph's inputs or outputs, by name.
+
+    Raises:
+        BuildError: one is of a type that numpy arrays cannot carry to onnxruntime.
+    """
+    found = {}
+    for one in arguments:
+        if one.type not in _DTYPES:
             raise BuildError(
-                message,
-                where=self._where,
-                why=str(error).strip().split("\n", 1)[0],
-                hint=_hint(str(error)),
-            ) from error
+                f"{one.name} is a {one.type}, which cannot be passed to onnxruntime",
+                where=where,
+                hint="export with --dtype fp16 or fp32",
+            )
+        # A dynamic axis without a name is None to onnxruntime.
+        dims = tuple(dim if dim is not None else "?" for dim in one.shape)
+        found[one.name] = Port(np.dtype(_DTYPES[one.type]), dims)
+    return found
 
 
-def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
+@contextlib.contextmanager
+def explained(message: str, where: str) -> Iterator[None]:
+    """Turn what onnxruntime raises into an error that says what to do.
+
+    Raises:
+        BuildError: onnxruntime refused or failed.
+    """
+    try:
+        yield
+    except _FAILURES as error:
+        raise BuildError(
+            message,
+            where=where,
+            why=str(error).strip().split("\n", 1)[0],
+            hint=_hint(str(error)),
+        ) from error
+
+
+def session_options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
+    """Options of a session; ``optimize=False`` turns onnxruntime's own rewrites off."""
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -1,0 +1,118 @@
+"""A graph on ONNX Runtime's CUDA provider: buffers that stay, and a CUDA graph per shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from sdopt.session import Port, checked_feeds
+from sdopt.targets._ort_session import explained, ports, session_options
+
+NO_GRAPH = "-1"
+"""The graph id of a run that onnxruntime must not capture."""
+
+
+@dataclasses.dataclass
+class Bound:
+    """The device buffers of one set of shapes, and the binding that reads and writes them."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    binding: Any
+    options: Any
+
+
+class OrtCudaSession:
+    """An ONNX file on ONNX Runtime's CUDA provider.
+
+    For each set of input shapes the buffers are allocated once; with ``cuda_graph`` the kernels
+    between them are captured at the second run and replayed from then on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: int = 0,
+        cuda_graph: bool = True,
+        provider_options: Mapping[str, str] | None = None,
+        free_dims: Mapping[str, int] | None = None,
+        optimize: bool = True,
+    ) -> None:
+        self._where, self._device, self._graph = str(path), device, cuda_graph
+        options = session_options(threads=0, optimize=optimize)
+        for name, size in (free_dims or {}).items():
+            options.add_free_dimension_override_by_name(name, size)
+        given = {
+            "device_id": str(device),
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "cudnn_conv_use_max_workspace": "1",
+            "enable_cuda_graph": str(int(cuda_graph)),
+            **(provider_options or {}),
+        }
+        with explained("onnxruntime cannot load this graph", self._where):
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=[("CUDAExecutionProvider", given)]
+            )
+        self.inputs: Mapping[str, Port] = ports(self._session.get_inputs(), self._where)
+        self.outputs: Mapping[str, Port] = ports(self._session.get_outputs(), self._where)
+        self._bound: dict[tuple[tuple[int, ...], ...], Bound] = {}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute every output; float feeds are cast to the declared dtype.
+
+        Raises:
+            UsageError: feeds that are not the graph's inputs.
+            BuildError: onnxruntime failed inside the graph.
+        """
+        arrays = checked_feeds(self.inputs, feeds, self._where)
+        bound = self.bind(arrays)
+        for name, array in arrays.items():
+            bound.inputs[name].update_inplace(array)
+        self.launch(bound)
+        return {name: value.numpy() for name, value in bound.outputs.items()}
+
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> Bound:
+        """The buffers for arrays of these shapes, allocated and filled at their first use."""
+        key = tuple(array.shape for array in arrays.values())
+        if key not in self._bound:
+            self._bound[key] = self._allocate(arrays, graph_id=len(self._bound) + 1)
+        return self._bound[key]
+
+    def launch(self, bound: Bound) -> None:
+        """Compute from the input buffers to the output buffers, and wait for it."""
+        with explained("onnxruntime failed in this graph", self._where):
+            self._session.run_with_iobinding(bound.binding, bound.options)
+
+    def _allocate(self, arrays: Mapping[str, np.ndarray], graph_id: int) -> Bound:
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        inputs = {name: make(array, "cuda", self._device) for name, array in arrays.items()}
+        trial = self._binding(inputs)
+        for name in self.outputs:
+            trial.bind_output(name, "cuda", self._device)
+        with explained("onnxruntime failed in this graph", self._where):
+            self._session.run_with_iobinding(trial, _run_options(NO_GRAPH))
+        # The first run tells the outputs' shapes; from now on their buffers are ours and stay.
+        outputs = dict(zip(self.outputs, trial.get_outputs(), strict=True))
+        binding = self._binding(inputs)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        options = _run_options(str(graph_id) if self._graph else NO_GRAPH)
+        return Bound(inputs, outputs, binding, options)
+
+    def _binding(self, inputs: Mapping[str, Any]) -> Any:
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+
+def _run_options(graph_id: str) -> Any:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph_id)
+    return options
