@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "sdopt"
 
 LAYERS = (
     ("errors",),
-    ("spec", "manifest"),
+    ("spec", "manifest", "shapes"),
     ("weights",),
     ("graph", "datafile", "session", "safetensors_header"),
     ("fingerprint",),
