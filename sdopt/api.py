@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdopt import registry
+from sdopt import companions, registry
 from sdopt.bundle import OPTIMIZED, RAW, Bundle
 from sdopt.errors import UsageError
 from sdopt.exporting import export
@@ -53,7 +53,7 @@ def optimize(
         SdoptError: see the subclasses; what existed before is whole in every case.
     """
     opened, pipeline = Bundle.open(bundle), Pipeline.parse(passes)
-    if not re.fullmatch(r"\w[\w.-]*", stage):
+    if not re.fullmatch(r"\w[\w.-]*", stage) or companions.is_file_name(f"{stage}.onnx"):
         raise UsageError(
             f"{stage!r} is no name for a stage",
             hint="use letters, digits, dots, dashes and underscores",

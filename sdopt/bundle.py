@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sdopt import datafile, modelfile
+from sdopt import companions, datafile, modelfile
 from sdopt.errors import BundleError, UnknownNameError
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest, StageRecord
 from sdopt.spec import suggest
@@ -35,7 +35,7 @@ class Stage:
     record: StageRecord
 
     def load(self) -> ir.Model:
-        """The graph, its weights left on disk."""
+        """The graph with its companions attached, their weights left on disk."""
         return modelfile.load(self.path)
 
 
@@ -137,6 +137,7 @@ class Bundle:
             path.stem.removeprefix(prefix)
             for path in self.folder(component).glob(f"{prefix}*.onnx")
             if not any(p and path.name.startswith(p) for p in others)
+            and not companions.is_file_name(path.name)
         ]
         return tuple(sorted(names, key=lambda name: (name != RAW, name)))
 
@@ -178,8 +179,8 @@ class Bundle:
         """Write a stage; returns it and the bytes of new weights.
 
         The rename of ``<stage>.onnx`` is the commit: before it the previous stage is whole, after
-        it the new one is. Data files that no stage uses any more are removed afterwards. Call it
-        under ``lock``.
+        it the new one is. Data files and companions that no stage uses any more are removed
+        afterwards. Call it under ``lock``.
         """
         path = self.file(record.component, record.stage)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +193,7 @@ class Bundle:
 
 def read_record(path: Path) -> StageRecord | None:
     """The record in an ONNX file's metadata, or None if it has none."""
-    text = modelfile.load(path).metadata_props.get(RECORD_KEY)
+    text = modelfile.metadata(path).get(RECORD_KEY)
     return StageRecord.loads(text, str(path)) if text else None
 
 
@@ -200,6 +201,8 @@ def _rebuild(root: Path) -> Manifest | None:
     entries: dict[str, ComponentEntry] = {}
     origin = family = ""
     for path in sorted(root.glob("*/*.onnx")):
+        if companions.is_file_name(path.name):
+            continue
         record = read_record(path)
         if record is None or not path.stem.endswith(record.stage):
             continue

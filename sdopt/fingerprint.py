@@ -6,13 +6,15 @@ import hashlib
 
 import onnx_ir as ir
 
+from sdopt import companions
+
 
 def fingerprint(model: ir.Model) -> str:
     """A hash of everything that decides what the model computes, weights by identity.
 
     Two states of a model with the same fingerprint are the same graph, so the runner measures
     whether a pass changed something instead of asking it. No weight is read: a file range counts
-    by path and offset, a computed tensor by its object.
+    by path and offset, a computed tensor by its object. The companions belong to the model.
     """
     state = hashlib.blake2b(digest_size=16)
 
@@ -54,9 +56,12 @@ def fingerprint(model: ir.Model) -> str:
                 else:
                     put("a", key, attr.value)
 
-    put(sorted(model.opset_imports.items()), model.ir_version)
-    graph_key(model.graph)
-    for identifier, function in sorted(model.functions.items()):
-        put("f", identifier)
-        graph_key(function.graph)
+    for one in companions.family(model):
+        put(sorted(one.opset_imports.items()), one.ir_version)
+        graph_key(one.graph)
+        for identifier, function in sorted(one.functions.items()):
+            put("f", identifier)
+            graph_key(function.graph)
+    if (attached := companions.of(model)) is not None:
+        put("companions", attached.plan(dict.fromkeys(attached.graphs, "")))
     return state.hexdigest()

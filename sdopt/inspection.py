@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sdopt import graph, modelfile
+from sdopt import companions, graph, modelfile
 from sdopt.bundle import Bundle, Stage
 from sdopt.manifest import RECORD_KEY
 
@@ -43,7 +43,17 @@ def inspect(path: str | Path, component: str | None = None) -> dict[str, Any]:
 
 
 def describe(model: ir.Model) -> dict[str, Any]:
-    """Signature, operator counts, and bytes of weights of one graph."""
+    """Signature, operator counts and bytes of weights of one graph, and of its companions."""
+    data = _describe_graph(model)
+    if (attached := companions.of(model)) is not None:
+        data["companions"] = [
+            {"name": name, "schedule": one.schedule.text, **_describe_graph(one.model)}
+            for name, one in attached.graphs.items()
+        ]
+    return data
+
+
+def _describe_graph(model: ir.Model) -> dict[str, Any]:
     tensors = [value.const_value for value in modelfile.initializers(model)]
     return {
         "opset": graph.opset(model),

@@ -1,10 +1,10 @@
-"""One ONNX file on disk: opened without its weights, saved by a single rename."""
+"""One ONNX file on disk, with its companions: opened without weights, saved by one rename."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from sdopt import datafile
+from sdopt import companions, datafile
 from sdopt.errors import BundleError, WeightsError
-from sdopt.weights import INLINE_BYTES, check_location
+from sdopt.weights import INLINE_BYTES, check_location, identity
 
 DIGEST_LENGTH = 16
 
@@ -30,14 +30,49 @@ class Saved:
 def load(path: Path) -> ir.Model:
     """Open an ONNX file; weights stay ranges of their files, each checked to be there in full.
 
+    Its companions, if it has any, are opened with it and attached.
+
     Raises:
-        BundleError: no such file, or not an ONNX file.
+        BundleError: no such file, or not an ONNX file; a companion is missing or another's.
         WeightsError: external data that is missing, short, or outside the folder.
     """
+    model = _load_one(path, "no such ONNX file", None)
+    text = model.metadata_props.get(companions.PLAN_KEY)
+    if text is None:
+        return model
+    plan, graphs = companions.Plan.loads(text, str(path)), {}
+    for one in plan.graphs:
+        graphs[one.name] = _load_one(
+            path.with_name(one.file),
+            f"the companion {one.name!r} of a graph is missing",
+            f"copy it with {path.name}; sdopt pack copies all that belongs together",
+        )
+    companions.adopt(model, plan, graphs)
+    return model
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """An ONNX file's own metadata; its companions and weights are not looked at.
+
+    Raises:
+        BundleError: no such file, or not an ONNX file.
+    """
+    return dict(_parsed(path, "no such ONNX file", None).metadata_props)
+
+
+def _load_one(path: Path, missing: str, hint: str | None) -> ir.Model:
+    model = _parsed(path, missing, hint)
+    for value in initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            check_location(value.const_value)
+    return model
+
+
+def _parsed(path: Path, missing: str, hint: str | None) -> ir.Model:
     try:
-        model = ir.load(path)
+        return ir.load(path)
     except FileNotFoundError as error:
-        raise BundleError("no such ONNX file", where=str(path)) from error
+        raise BundleError(missing, where=str(path), hint=hint) from error
     except (DecodeError, ValueError, TypeError, KeyError) as error:
         raise BundleError(
             "this is not an ONNX file, or it is cut short",
@@ -45,10 +80,6 @@ def load(path: Path) -> ir.Model:
             why=str(error),
             hint="export or copy it again",
         ) from error
-    for value in initializers(model):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            check_location(value.const_value)
-    return model
 
 
 def initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -58,45 +89,74 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def save(model: ir.Model, path: Path) -> Saved:
-    """Write ``model`` to ``path``: new weights first, then the graph by one rename.
+    """Write ``model`` to ``path``: new weights first, then companions, then the graph's rename.
 
     Weights that already lie in the folder stay where they are; ranges of files elsewhere are
-    copied by the kernel; computed tensors are streamed. A kill at any moment leaves the previous
-    file of that name whole, with its data.
+    copied by the kernel; computed tensors are streamed, each once however many graphs hold it.
+    A kill at any moment leaves the previous file of that name whole, with its data and its
+    companions, whose names carry their digests.
 
     Raises:
         StorageError: the disk is full or the folder is not writable.
         WeightsError: a weight's source is missing or short.
     """
+    count = _write_weights(model, path)
+    attached, files = companions.of(model), {}
+    for name, one in companions.graphs(model).items():
+        data = _serialized(one, path)
+        files[name] = companions.file_name(path.stem, name, digest_of(data))
+        datafile.write_bytes(path.with_name(files[name]), data)
+    model.metadata_props.pop(companions.PLAN_KEY, None)
+    if attached is not None and attached.graphs:
+        model.metadata_props[companions.PLAN_KEY] = attached.plan(files).dumps()
+    data = _serialized(model, path)
+    datafile.write_bytes(path, data)
+    return Saved(digest_of(data), count)
+
+
+def _write_weights(model: ir.Model, path: Path) -> int:
+    """Let every weight of a model and its companions be a range in the folder; bytes written."""
     folder = path.parent
-    pending: dict[int, ir.TensorProtocol] = {}
-    holders: list[ir.Value] = []
-    for value in initializers(model):
+    pending: dict[Hashable, ir.TensorProtocol] = {}
+    holders: list[tuple[ir.Value, Hashable]] = []
+    for value in (value for one in companions.family(model) for value in initializers(one)):
         tensor = value.const_value
         if tensor is None:
             raise WeightsError(f"the initializer {value.name} has no value", where=str(path))
         if isinstance(tensor, ir.ExternalTensor) and _inside(tensor, folder):
             value.const_value = _rebased(tensor, folder)
         elif tensor.nbytes > INLINE_BYTES:
-            pending[id(tensor)] = tensor
-            holders.append(value)
+            key = identity(tensor)
+            pending.setdefault(key, tensor)
+            holders.append((value, key))
         elif not isinstance(tensor, (ir.Tensor, ir.TensorProtoTensor, ir.StringTensor)):
             value.const_value = ir.Tensor(
                 tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name
             )
-    tensors = list(pending.values())
-    written, count = datafile.write(tensors, folder, path.stem)
+    written, count = datafile.write(list(pending.values()), folder, path.stem)
     ranges = dict(zip(pending, written, strict=True))
-    for value in holders:
-        value.const_value = ranges[id(value.const_value)]
+    for value, key in holders:
+        value.const_value = _named(ranges[key], value.name or "", folder)
+    return count
+
+
+def _named(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:
+    """The same range under another name: a tensor has the name of the value that holds it."""
+    if tensor.name == name:
+        return tensor
+    return ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.nbytes, tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=folder,
+    )  # fmt: skip
+
+
+def _serialized(model: ir.Model, path: Path) -> bytes:
     try:
-        data = ir.to_proto(model).SerializeToString(deterministic=True)
+        return ir.to_proto(model).SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:
         raise WeightsError(
             "the graph itself passes protobuf's 2 GiB limit", where=str(path), why=str(error)
         ) from error
-    datafile.write_bytes(path, data)
-    return Saved(digest_of(data), count)
 
 
 def digest_of(data: bytes) -> str:
@@ -130,21 +190,32 @@ def check(model: ir.Model) -> None:
         one.initializers.update(kept)
 
 
-def data_files(path: Path) -> set[str]:
-    """The names of the files that an ONNX file's weights lie in, relative to its folder."""
+def files_of(path: Path) -> set[str]:
+    """The names of the files beside an ONNX file that it needs: weights and companions."""
     model = ir.load(path)
-    tensors = (value.const_value for value in initializers(model))
-    return {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    text = model.metadata_props.get(companions.PLAN_KEY)
+    plan = companions.Plan.loads(text, str(path)).graphs if text else ()
+    found = {one.file for one in plan}
+    for one in [model, *(ir.load(path.with_name(name)) for name in sorted(found))]:
+        tensors = (value.const_value for value in initializers(one))
+        found |= {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return found
 
 
 def remove_orphans(path: Path) -> None:
-    """Remove data files of the stage at ``path`` that no ONNX file in its folder points into."""
-    folder, used = path.parent, data_files(path)
-    names = {p.name for p in folder.iterdir() if datafile.is_data_name(p.name, path.stem)}
+    """Remove files of the stage at ``path`` that no ONNX file in its folder needs any more."""
+    folder, used = path.parent, files_of(path)
+    names = {
+        p.name
+        for p in folder.iterdir()
+        if datafile.is_data_name(p.name, path.stem)
+        or companions.is_file_name(p.name, path.stem)
+    }
     if not names - used:
         return
     for other in folder.glob("*.onnx"):
-        used |= data_files(other)
+        if not companions.is_file_name(other.name):
+            used |= files_of(other)
     for name in names - used:
         (folder / name).unlink(missing_ok=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from sdopt import graph, modelfile, registry, spec
+from sdopt import companions, graph, modelfile, registry, spec
 from sdopt.errors import PassError, SdoptError, SpecError, UnknownNameError
 from sdopt.fingerprint import fingerprint
 from sdopt.manifest import Step
-from sdopt.passes.base import Pass, PassContext, Role
+from sdopt.passes.base import Pass, PassContext, Reach, Role
 from sdopt.passes.presets import PRESETS
-from sdopt.report import PassReport, Progress, part
+from sdopt.report import PassReport, Progress, Skip, part
+from sdopt.weights import identity
 
 Signature = list[tuple[str | None, str]]
 
@@ -110,19 +112,28 @@ class RunContext:
 
 
 def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
-    before, ops_before, signature = fingerprint(model), graph.op_counts(model), _io(model)
-    known = {id(value.const_value) for value in modelfile.initializers(model)}
-    ctx = PassContext(
-        model=model, role=run.role, config=run.config, seed=run.seed, target=run.target
-    )
+    earlier = companions.graphs(model)
+    _refuse_companions(one, earlier, run.component)
+    before, ops_before = fingerprint(model), _ops(model)
+    signatures = {name: _io(each) for name, each in earlier.items()} | {"": _io(model)}
+    known = _weights(model).keys()
+    contexts: dict[str, PassContext] = {}
+    reached = {"": model, **(earlier if one.reach is Reach.EACH else {})}
     start = time.perf_counter()
-    one.apply(model, ctx)
+    for name, each in reached.items():
+        contexts[name] = PassContext(
+            model=each, role=run.role, config=run.config, seed=run.seed, target=run.target
+        )
+        one.apply(each, contexts[name])
+    companions.settle_types(model)
     seconds = time.perf_counter() - start
     changed = fingerprint(model) != before
     if changed:
-        _check(one, model, signature, run.component)
-    ops_after = graph.op_counts(model)
-    new = (v.const_value for v in modelfile.initializers(model))
+        for name, each in {"": model, **companions.graphs(model)}.items():
+            _check(one, each, signatures.get(name), run.component)
+        if why := companions.broken_wire(model):
+            raise _broken(one, run.component, why)
+    ops_after, new = _ops(model), _weights(model)
     return PassReport(
         spec=str(one),
         numerics=one.exactness().value,
@@ -131,13 +142,54 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
         nodes_after=sum(ops_after.values()),
         ops_before=ops_before,
         ops_after=ops_after,
-        rewrites={name: count for name, count in ctx.rewrites.items() if count},
-        skips=tuple(ctx.skips),
-        notes=tuple(ctx.notes),
-        new_bytes=sum(t.nbytes for t in new if t is not None and id(t) not in known),
+        rewrites=_sum(c.rewrites for c in contexts.values()),
+        skips=tuple(skip for n, c in contexts.items() for skip in _labelled(n, c.skips)),
+        notes=tuple(f"{n}: {note}" if n else note for n, c in contexts.items() for note in c.notes),
+        new_bytes=sum(size for key, size in new.items() if key not in known),
         changed=changed,
-        present={name: count for name, count in ctx.present.items() if count},
+        present=_sum(c.present for c in contexts.values()),
     )
+
+
+def _refuse_companions(one: Pass, earlier: dict[str, ir.Model], component: str) -> None:
+    """Refuse a pass that needs one whole graph where work was moved out of it.
+
+    Raises:
+        SdoptError: naming the companions and what to do.
+    """
+    if one.reach is Reach.WHOLE and earlier:
+        raise SdoptError(
+            f"{one.name()} cannot be applied to a graph with companions",
+            where=component,
+            why=f"a part of it was moved to {' and '.join(earlier)}",
+            hint=f"put {one.name()} in front of the pass that moved it, or start from the stage "
+            "before: --from model",
+        )
+
+
+def _ops(model: ir.Model) -> dict[str, int]:
+    """Operator counts of the main graph and its companions together."""
+    return _sum(graph.op_counts(each) for each in companions.family(model))
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return {name: count for name, count in total.items() if count}
+
+
+def _weights(model: ir.Model) -> dict[Hashable, int]:
+    """What each weight is to its size in bytes."""
+    values = (v for each in companions.family(model) for v in modelfile.initializers(each))
+    tensors = (value.const_value for value in values)
+    return {identity(tensor): tensor.nbytes for tensor in tensors if tensor is not None}
+
+
+def _labelled(companion: str, skips: Iterable[Skip]) -> Iterable[Skip]:
+    for skip in skips:
+        where = f"{skip.where} (companion {companion})" if companion else skip.where
+        yield Skip(skip.reason, where, skip.kind)
 
 
 def _io(model: ir.Model) -> tuple[Signature, Signature]:
@@ -147,39 +199,45 @@ def _io(model: ir.Model) -> tuple[Signature, Signature]:
     )
 
 
+def _broken(one: Pass, component: str, why: str) -> PassError:
+    return PassError(
+        f"the pass {one} broke the graph",
+        where=component,
+        why=why,
+        hint="this is a bug in the pass: run without it, and report it with the model",
+    )
+
+
 def _check(
-    one: Pass, model: ir.Model, signature: tuple[Signature, Signature], component: str
+    one: Pass, model: ir.Model, signature: tuple[Signature, Signature] | None, component: str
 ) -> None:
-    """The invariants that hold between passes, whoever wrote them."""
+    """The invariants that hold between passes, whoever wrote them.
 
-    def broken(why: str) -> PassError:
-        return PassError(
-            f"the pass {one} broke the graph",
-            where=component,
-            why=why,
-            hint="this is a bug in the pass: run without it, and report it with the model",
+    ``signature`` is what the graph took and gave before; None for a graph that the pass added.
+    """
+    if signature is not None and not one.changes_interface() and _io(model) != signature:
+        raise _broken(
+            one, component, f"inputs and outputs were {signature} and are {_io(model)}"
         )
-
-    if not one.changes_interface() and _io(model) != signature:
-        raise broken(f"inputs and outputs were {signature} and are {_io(model)}")
     names: set[str] = set()
     names.update(value.name or "" for value in model.graph.inputs)
     names.update(model.graph.initializers)
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.name not in names:
-                raise broken(f"{graph.module_path(node)} reads {value.name!r} before it is made")
+                why = f"{graph.module_path(node)} reads {value.name!r} before it is made"
+                raise _broken(one, component, why)
         for value in node.outputs:
             if value.name and value.name in names:
-                raise broken(f"two values are called {value.name!r}")
+                raise _broken(one, component, f"two values are called {value.name!r}")
             names.add(value.name or "")
     for value in modelfile.initializers(model):
         if value.const_value is None:
-            raise broken(f"the weight {value.name!r} has no value")
+            raise _broken(one, component, f"the weight {value.name!r} has no value")
     try:
         modelfile.check(model)
     except (onnx.checker.ValidationError, RuntimeError) as error:
-        raise broken(f"onnx's checker says: {error}") from error
+        raise _broken(one, component, f"onnx's checker says: {error}") from error
 
 
 def _expand(items: Iterable[spec.Item], text: str) -> Iterable[Pass]:

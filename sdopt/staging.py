@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt import modelfile, provenance
+from sdopt import companions, modelfile, provenance
 from sdopt.bundle import OPTIMIZED, Bundle, Stage
 from sdopt.errors import UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord
 from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline, RunContext
 from sdopt.report import ComponentReport, Progress, Report, part
+from sdopt.runtime.scheduled import open_stage
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from sdopt.targets.base import Target
 
 
@@ -78,9 +81,10 @@ class Job:
             name, role, self.bundle.config(name), self.seed, self.stage_target(), tell
         )
         report.passes = pipeline.run(model, context)
-        report.nodes = sum(1 for _ in model.graph.all_nodes())
+        report.nodes = _node_count(model)
         if self.target is not None:
-            self.target.check_legal(model)
+            for one in companions.family(model):
+                self.target.check_legal(one)
         if not self.dry_run:
             tell("write", 0.9)
             record = dataclasses.replace(
@@ -91,7 +95,7 @@ class Job:
             committed, report.bytes_written = self.bundle.commit(model, record)
             report.digest = committed.digest
             if self.target is not None:
-                self.target.open(committed.path)
+                open_stage(self.target, committed.path)
         report.seconds = time.perf_counter() - start
         return report
 
@@ -151,7 +155,7 @@ def optimize_file(
         component = ComponentReport(path.stem, out.stem, str(out))
         report.components.append(component)
         component.passes = pipeline.run(model, RunContext(path.stem, seed=seed, progress=progress))
-        component.nodes = sum(1 for _ in model.graph.all_nodes())
+        component.nodes = _node_count(model)
         component.seconds = sum(each.seconds for each in component.passes)
         if not dry_run:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +165,10 @@ def optimize_file(
             modelfile.remove_orphans(out)
             component.digest, component.bytes_written = saved.digest, saved.bytes_written
     return report
+
+
+def _node_count(model: ir.Model) -> int:
+    return sum(1 for one in companions.family(model) for _ in one.graph.all_nodes())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -31,7 +31,8 @@ class BlockTensor(ir.LazyTensor):
     """A computed tensor that yields its elements in row-major order as flat arrays.
 
     ``blocks`` is called once per evaluation and must yield exactly ``shape``'s elements. Writing
-    (``tofile``) holds one block; ``numpy`` holds the whole tensor and is meant for tests.
+    (``tofile``) holds one block; ``numpy`` holds the whole tensor and is meant for tests. Two
+    tensors of one ``recipe`` hold the same elements, so that one of them is written.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class BlockTensor(ir.LazyTensor):
         dtype: ir.DataType,
         shape: Sequence[int],
         name: str = "",
+        recipe: Hashable = None,
     ) -> None:
         self._blocks = blocks
+        self.recipe = recipe
         dims = ir.Shape(tuple(shape))
         super().__init__(self._gather, dtype=dtype, shape=dims, name=name)
 
@@ -54,6 +57,16 @@ class BlockTensor(ir.LazyTensor):
         flat = np.concatenate(parts) if parts else np.empty(0, self.dtype.numpy())
         array = flat.reshape(self.shape.numpy())
         return ir.Tensor(array, dtype=self.dtype, name=self.name)
+
+
+def identity(tensor: ir.TensorProtocol) -> Hashable:
+    """Equal for two tensors only if they hold the same elements: range, recipe, or object."""
+    if isinstance(tensor, ir.ExternalTensor):
+        place = (os.path.realpath(tensor.path), tensor.offset or 0)
+        return (*place, tensor.dtype, tuple(tensor.shape.numpy()))
+    if isinstance(tensor, BlockTensor) and tensor.recipe is not None:
+        return tensor.recipe
+    return id(tensor)
 
 
 def read_blocks(tensor: ir.TensorProtocol, block_bytes: int = BLOCK_BYTES) -> Blocks:
@@ -147,7 +160,8 @@ def cast(
                 clipped = np.clip(block, -limit, limit) if saturate else block
                 yield clipped.astype(target)
 
-    return BlockTensor(blocks, dtype, tensor.shape.numpy(), name=tensor.name or "")
+    recipe = ("cast", _kept(tensor), dtype, saturate)
+    return BlockTensor(blocks, dtype, tensor.shape.numpy(), tensor.name or "", recipe)
 
 
 def concat(
@@ -179,7 +193,8 @@ def concat(
             yield np.concatenate(columns, axis=1).reshape(-1)
 
     shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
-    return BlockTensor(blocks, dtype, shape, name=name)
+    recipe = ("concat", tuple(map(_kept, tensors)), axis)
+    return BlockTensor(blocks, dtype, shape, name, recipe)
 
 
 def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtocol:
@@ -235,7 +250,27 @@ def full(shape: Sequence[int], value: float, dtype: ir.DataType, name: str = "")
         for start in range(0, size, step):
             yield np.full(min(step, size - start), value, dtype.numpy())
 
-    return BlockTensor(blocks, dtype, shape, name=name)
+    recipe = ("full", tuple(shape), value, dtype)
+    return BlockTensor(blocks, dtype, shape, name, recipe)
+
+
+def _kept(tensor: ir.TensorProtocol) -> Hashable:
+    """The identity of an operand; an object stays alive with the recipe that names it."""
+    known = identity(tensor)
+    return _Object(tensor) if isinstance(known, int) else known
+
+
+class _Object:
+    """A tensor that is only itself; holding it keeps its ``id`` from being given away."""
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
 
 
 def largest(dtype: ir.DataType) -> float:

@@ -55,6 +55,9 @@ def _graph(one: dict[str, Any]) -> None:
     top = ", ".join(f"{count} {name}" for name, count in list(one["ops"].items())[:8])
     weights = render.size(one["weight_bytes"])
     render.result(f"    opset {one['opset']}, {one['nodes']} nodes ({top}), {weights} of weights")
+    for companion in one.get("companions", ()):
+        render.result(f"    companion {companion['name']}, runs: {companion['schedule']}")
+        _graph(companion)
 
 
 def compare(

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sdopt import graph, modelfile, registry, spec
+from sdopt import companions, graph, modelfile, registry, spec
 from sdopt.bundle import MANIFEST, OPTIMIZED, Bundle
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord, Step
+from sdopt.runtime.scheduled import open_stage
 from sdopt.session import Port, Session
 
 PYTORCH = "pytorch"
@@ -132,8 +133,7 @@ def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Op
 def _session(path: Path, target: str) -> Session:
     (item,) = spec.parse(target)
     chosen = spec.bind(registry.resolve("targets", item.name), item)
-    opened: Session = chosen.open(path, optimize=False)
-    return opened
+    return open_stage(chosen, path, optimize=False)
 
 
 def _checkpoint(path: Path) -> Side:
@@ -152,9 +152,10 @@ def _checkpoint(path: Path) -> Side:
 
 def _float_types(model: ir.Model) -> set[str]:
     """The floating types of the weights and inputs; single numbers do not count."""
-    values = [v for v in modelfile.initializers(model) if v.const_value is not None]
-    types = {v.const_value.dtype for v in values if v.const_value and v.const_value.size > 1}
-    types |= {value.dtype for value in model.graph.inputs if value.dtype is not None}
+    graphs = list(companions.family(model))
+    tensors = [v.const_value for one in graphs for v in modelfile.initializers(one)]
+    types = {tensor.dtype for tensor in tensors if tensor is not None and tensor.size > 1}
+    types |= {v.dtype for one in graphs for v in one.graph.inputs if v.dtype is not None}
     return {str(one.numpy()) for one in types if one.is_floating_point()}
 
 
@@ -164,7 +165,7 @@ _PASSING = ("Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "Flatten")
 def _vocabularies(model: ir.Model) -> dict[str, int]:
     """Rows of the embedding table that each integer input picks from."""
     found = {}
-    for value in model.graph.inputs:
+    for value in (v for one in companions.family(model) for v in one.graph.inputs):
         if value.dtype is not None and value.dtype.is_integer() and (rows := _rows(value)):
             found[value.name or ""] = rows
     return found

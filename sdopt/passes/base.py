@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from sdopt import graph, spec
+from sdopt import companions, graph, spec
 from sdopt.report import Skip
 from sdopt.tolerance import Numerics
 
-__all__ = ["ANY", "Interface", "Numerics", "Pass", "PassContext", "Role"]
+__all__ = ["ANY", "Interface", "Numerics", "Pass", "PassContext", "Reach", "Role"]
 
 
 class Role(enum.Enum):
@@ -36,6 +36,17 @@ class Interface(enum.Enum):
 
     KEEPS = "keeps"
     CHANGES = "changes"
+
+
+class Reach(enum.Enum):
+    """What a pass is applied to where a stage has companions beside its main graph."""
+
+    EACH = "each"
+    """The main graph and every companion, one after another."""
+    MAIN = "main"
+    """The main graph only; it knows of the companions."""
+    WHOLE = "whole"
+    """A graph that nothing was moved out of: with companions it is refused."""
 
 
 @dataclass
@@ -69,6 +80,19 @@ class PassContext:
             name, suffix = f"{hint}_{suffix}", suffix + 1
         self._names.add(name)
         return name
+
+    def companion(self, name: str, schedule: str) -> ir.Model:
+        """The model's companion of that name: the one that is there, or a new, empty graph.
+
+        ``schedule`` says when it runs (``prompt``, ``step``, ``every=3``; see
+        ``companions.Schedule``). Values go from graph to graph by name.
+        """
+        attached = companions.attach(self.model)
+        if name not in attached.graphs:
+            one = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(self.model.opset_imports))
+            made = ir.Model(one, ir_version=self.model.ir_version)
+            attached.graphs[name] = companions.Companion(made, companions.Schedule(schedule))
+        return attached.graphs[name].model
 
     def emitter(self, anchor: ir.Node, label: str) -> graph.Emitter:
         """Inserts nodes before ``anchor``; new names start with ``label``."""
@@ -106,6 +130,8 @@ class Pass(abc.ABC):
     after: ClassVar[tuple[str, ...]] = ()
     """Names of passes that must not come later than this one in the same pipeline."""
     interface: ClassVar[Interface] = Interface.KEEPS
+    reach: ClassVar[Reach] = Reach.EACH
+    """What it is applied to where the stage has companions."""
     once: ClassVar[bool] = False
     """Whether a second application is refused, because it would not be the same as one."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from sdopt.bundle import Bundle, Stage
 from sdopt.errors import BundleError, MissingDependencyError
 from sdopt.runtime.quiet import quiet
+from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import Opener, choose_stages, opener
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -66,7 +67,7 @@ def assemble(
         else schedulers.of_class(index["scheduler"][1], config, str(bundle.path))
     )
     tokenizer = _tokenizer(bundle, index)
-    sessions = {name: target.open(stage.path) for name, stage in stages.items()}
+    sessions = {name: open_stage(target, stage.path) for name, stage in stages.items()}
     return cls(
         vae=Vae(
             sessions["vae_decoder"], sessions.get("vae_encoder"), bundle.config("vae_decoder")
