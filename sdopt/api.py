@@ -14,7 +14,7 @@ from sdopt.exporting import export
 from sdopt.inspection import inspect
 from sdopt.packing import pack
 from sdopt.pipeline import Pipeline
-from sdopt.report import Progress, Report
+from sdopt.report import Progress, Report, part
 from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
@@ -70,25 +70,51 @@ def optimize(
 
 def build(
     bundle: str | Path,
-    target: str,
+    targets: str | Sequence[str],
     *,
     components: Sequence[str] | None = None,
     source: str | None = None,
+    shapes: str = "",
+    batch: tuple[int, int] = (1, 1),
+    dims: dict[str, tuple[int, int]] | None = None,
+    emit_only: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Lower a bundle's components for a target, commit the artifact, and prove that it opens.
+    """Lower a bundle's components for one or several targets and make each one's artifact.
 
-    ``source`` defaults to the optimized stage where there is one, else the raw one.
+    Args:
+        bundle: the bundle's directory.
+        targets: specs such as ``ort`` or ``trt:dtype=fp16``.
+        components: which ones; all by default.
+        source: the stage to lower; by default the optimized one where there is one, else the raw.
+        shapes: ``512x512,768x768`` or ``256x256..1024x1024``; the model's own size by default.
+        batch: images at once, from least to greatest.
+        dims: least and greatest size of axes that neither decides.
+        emit_only: write the lowered graphs and the compiler's commands instead of running it.
+        force: build although the same artifact is there.
+        dry_run: lower in memory and report, write nothing.
+        progress: is told what is being done.
+
+    Raises:
+        SdoptError: see the subclasses; what existed before is whole in every case.
     """
-    opened, chosen = Bundle.open(bundle), registry.make("targets", target)
-    chosen.check_available()
-    pipeline = Pipeline.parse(chosen.wants)
-    job = Job(
-        opened, pipeline, source, chosen.stage_name(), 0, force, dry_run, progress, target=chosen
-    )
-    return job.run("build", components)
+    from sdopt.building import Plan
+    from sdopt.building import build as build_one
+
+    opened = Bundle.open(bundle)
+    texts = [targets] if isinstance(targets, str) else list(targets)
+    chosen = [registry.make("targets", text) for text in texts]
+    plan = Plan(shapes, batch, dims or {}, emit_only, force, dry_run)
+    report = Report("build", str(opened.path))
+    for index, one in enumerate(chosen):
+        tell = part(progress, index, len(chosen), one.name())
+        found = build_one(opened, one, plan, components=components, source=source, progress=tell)
+        report.components += found.components
+        report.notes += found.notes
+        report.seconds += found.seconds
+    return report
 
 
 def run(bundle: str | Path, prompts: Sequence[str], **options: Any) -> Iterator[Generated]:

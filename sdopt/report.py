@@ -111,6 +111,7 @@ class ComponentReport:
     bytes_written: int = 0
     up_to_date: bool = False
     passes: list[PassReport] = field(default_factory=list)
+    artifact: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -37,6 +37,7 @@ class Job:
     dry_run: bool
     progress: Progress | None
     target: Target | None = None
+    prove: bool = True
 
     def run(self, verb: str, components: Sequence[str] | None) -> Report:
         """Run the pipeline over the components, under the bundle's lock."""
@@ -67,7 +68,7 @@ class Job:
             else self.bundle.current(name, OPTIMIZED)
         )
         role = Role(source.record.role)
-        pipeline = self.pipeline.for_role(role)
+        pipeline = self._pipeline(role)
         pipeline.refuse_repeats(source.record.history, f"{name}, stage {source.name}")
         record = self._record(source, pipeline)
         path = self.bundle.file(name, self.stage)
@@ -94,10 +95,15 @@ class Job:
             )
             committed, report.bytes_written = self.bundle.commit(model, record)
             report.digest = committed.digest
-            if self.target is not None:
+            if self.target is not None and self.prove and not self.target.compiled:
                 open_stage(self.target, committed.path)
         report.seconds = time.perf_counter() - start
         return report
+
+    def _pipeline(self, role: Role) -> Pipeline:
+        if self.target is None:
+            return self.pipeline.for_role(role)
+        return Pipeline.parse(self.target.lowering(role)).for_role(role)
 
     def stage_target(self) -> str | None:
         """The word of the target that the stage is prepared for, if any."""
@@ -113,7 +119,7 @@ class Job:
     def _record(self, source: Stage, pipeline: Pipeline) -> StageRecord:
         known = provenance.versions("onnx", "onnx-ir", "numpy")
         if self.target is not None:
-            known |= self.target.versions()
+            known |= self.target.lowering_versions()
         deciding = [source.digest, str(pipeline), self.seed, str(self.target), known]
         deciding += pipeline.reads()
         return dataclasses.replace(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import abc
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from sdopt import graph, spec
-from sdopt.errors import BuildError, MissingDependencyError
+from sdopt.errors import BuildError, MissingDependencyError, UsageError
+from sdopt.passes.base import Role
+from sdopt.report import Progress
 from sdopt.session import Session
+from sdopt.shapes import Extent, Sizes
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,41 @@ class Dialect:
         max_ir: of the ONNX file format.
         domains: of operators beside the standard one.
         refused: ``op`` or ``domain::op`` to the reason why it cannot be taken.
+        min_opset: of the standard operator set.
+        known: ``op`` or ``domain::op`` that it takes; empty where it takes all of its domains.
+        dtypes: element types of values; empty where it takes all.
     """
 
     max_opset: int
     max_ir: int
     domains: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
+    min_opset: int = 1
+    known: frozenset[str] = frozenset()
+    dtypes: frozenset[ir.DataType] = frozenset()
+
+
+@dataclass(frozen=True)
+class Order:
+    """One lowered component, as a compiler is given it.
+
+    Attributes:
+        component: its name in the bundle.
+        role: what it is for.
+        lowered: the ONNX file.
+        profiles: per profile and input the extents of every axis.
+        sizes: the profiles' image sizes, in the same order.
+        batch: images at once, from least to greatest.
+        progress: is told what the compiler does.
+    """
+
+    component: str
+    role: Role
+    lowered: Path
+    profiles: Sequence[Mapping[str, Sequence[Extent]]]
+    sizes: Sequence[Sizes]
+    batch: tuple[int, int]
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -47,6 +79,8 @@ class Target(abc.ABC):
     """Importable module to the distribution that brings it, for what the target needs."""
     extra: ClassVar[str]
     """The extra of sdopt that installs them."""
+    compiled: ClassVar[bool] = False
+    """Whether a compiler makes the artifact; otherwise the lowered graph itself is run."""
 
     @classmethod
     def name(cls) -> str:
@@ -61,6 +95,42 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def stage_name(self) -> str:
         """The stage that a build for this target writes (``ort_cpu``)."""
+
+    def lowering(self, role: Role) -> str:
+        """The spec of the passes for a component of that role; ``wants`` unless it differs."""
+        return self.wants
+
+    def artifact_name(self, order: Order) -> str | None:
+        """The file that the compiler makes of a component; None where the graph is run itself."""
+        return None
+
+    def compile(self, order: Order, made: Path) -> dict[str, Any]:
+        """Compile a component into the file ``made``, in a folder of its own.
+
+        Returns:
+            What the compiler said of it, for the report and the artifact's record.
+
+        Raises:
+            MissingDependencyError: the compiler is not installed.
+            BuildError: it refused or failed, in its own words.
+            UsageError: sizes or options that it cannot take.
+        """
+        raise NotImplementedError(f"{self.name()} has no compiler")
+
+    def commands(self, orders: Sequence[Order]) -> list[str]:
+        """Shell lines that make the artifacts from the lowered graphs, on a machine that can.
+
+        Paths are relative to the folder that holds the components' folders.
+        """
+        raise UsageError(
+            f"the target {self.name()} has no commands to hand over",
+            why="the lowered ONNX file is the artifact: it runs as it is",
+            hint="leave out --emit-only and copy the files, or: sdopt pack",
+        )
+
+    def compiler(self) -> Mapping[str, str]:
+        """Name and version of the compiler that ``compile`` would run; empty if there is none."""
+        return {}
 
     @abc.abstractmethod
     def open(self, path: Path, *, optimize: bool = True) -> Session:
@@ -97,6 +167,10 @@ class Target(abc.ABC):
         self.check_available()
         return {package: metadata.version(package) for package in self.packages.values()}
 
+    def lowering_versions(self) -> dict[str, str]:
+        """Versions of what decides the lowered graph; those of a compiler decide its artifact."""
+        return {} if self.compiled else self.versions()
+
     def check_legal(self, model: ir.Model) -> None:
         """See that a lowered graph is in the dialect.
 
@@ -109,6 +183,12 @@ class Target(abc.ABC):
                 f"{self.name()} takes operators up to opset {dialect.max_opset}",
                 why=f"the graph is written in opset {graph.opset(model)}",
                 hint="export it again with a lower opset",
+            )
+        if graph.opset(model) < dialect.min_opset:
+            raise BuildError(
+                f"{self.name()} takes operators from opset {dialect.min_opset} on",
+                why=f"the graph is written in opset {graph.opset(model)}",
+                hint="raise it first: sdopt optimize --passes raise_ops",
             )
         if model.ir_version > dialect.max_ir:
             raise BuildError(
@@ -131,6 +211,11 @@ class Target(abc.ABC):
             return reason
         if node.domain not in ("", "ai.onnx", *self.dialect.domains):
             return f"it knows no operators of the domain {node.domain!r}"
+        if self.dialect.known and _operator(node) not in self.dialect.known:
+            return "it is not among the operators that its compiler has"
+        types = {value.dtype for value in node.outputs if value.dtype is not None}
+        if self.dialect.dtypes and (strange := types - self.dialect.dtypes):
+            return f"it makes {', '.join(sorted(str(t).lower() for t in strange))}"
         return None
 
     def __str__(self) -> str:

@@ -1,0 +1,112 @@
+"""Compiled artifacts beside the graph they came from: written whole or not at all, known again.
+
+An artifact is one file (``trt_rtx.plan``) with a record beside it (``trt_rtx.plan.json``) that
+says which graph, target and compiler made it. A build is skipped only where the record says the
+same as what would be built now, and the file is still the one that was recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdopt import datafile
+
+CHUNK = 1 << 20
+"""Bytes of an artifact that are hashed at a time."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One compiled file.
+
+    Attributes:
+        file: its path.
+        key: digest of what decides it: graph, target's spec, versions, sizes.
+        digest: of its own bytes.
+        size: in bytes.
+        seconds: that the compiler took.
+        versions: of what made it.
+        facts: what the compiler said of it (fused attentions, layers, profiles).
+    """
+
+    file: str
+    key: str
+    digest: str
+    size: int
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of the artifact at ``path`` lies."""
+    return path.with_name(f"{path.name}.json")
+
+
+def known(path: Path, key: str) -> Artifact | None:
+    """The artifact at ``path`` if it was made from what ``key`` stands for and is whole."""
+    record = record_path(path)
+    if not path.is_file() or not record.is_file():
+        return None
+    try:
+        data = json.loads(record.read_text("utf-8"))
+        found = Artifact(**data)
+    except (ValueError, TypeError):  # cut short or of another version: as if there were none
+        return None
+    same = found.key == key and found.size == path.stat().st_size
+    return found if same and found.digest == digest_of(path) else None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A scratch folder beside ``path`` for a compiler to write into; gone in any case afterwards.
+
+    Nothing is under ``path`` but what was there before until ``commit``.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def commit(
+    made: Path,
+    path: Path,
+    key: str,
+    seconds: float,
+    versions: dict[str, str],
+    facts: dict[str, Any],
+) -> Artifact:
+    """Give a finished file its name by one rename, and write its record.
+
+    Raises:
+        StorageError: the folder is not writable or full.
+    """
+    artifact = Artifact(
+        path.name, key, digest_of(made), made.stat().st_size, seconds, versions, facts
+    )
+    record_path(path).unlink(missing_ok=True)
+    os.replace(made, path)
+    text = json.dumps(dataclasses.asdict(artifact), indent=2, sort_keys=True) + "\n"
+    datafile.write_bytes(record_path(path), text.encode())
+    return artifact
+
+
+def digest_of(path: Path) -> str:
+    """A digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()[:16]

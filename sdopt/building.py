@@ -1,0 +1,176 @@
+"""Building a bundle for a target: lower each component, then let the target's compiler have it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdopt import artifacts, datafile, modelfile, provenance
+from sdopt.bundle import Bundle
+from sdopt.errors import BuildError, SdoptError
+from sdopt.passes.base import Role
+from sdopt.pipeline import Pipeline
+from sdopt.report import ComponentReport, Progress, Report, part
+from sdopt.shapes import PIXELS_PER_LATENT, Request, Size, parse_sizes
+from sdopt.staging import Job
+from sdopt.targets.base import Order, Target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built, and how far.
+
+    Attributes:
+        shapes: ``--shapes`` as it was typed; the model's own size where it is empty.
+        batch: images at once, from least to greatest.
+        dims: least and greatest size of axes that neither decides.
+        emit_only: lower, and write the compiler's commands instead of running it.
+        force: build although the same artifact is there.
+        dry_run: lower in memory and report, write nothing.
+    """
+
+    shapes: str = ""
+    batch: tuple[int, int] = (1, 1)
+    dims: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    emit_only: bool = False
+    force: bool = False
+    dry_run: bool = False
+
+
+def build(
+    bundle: Bundle,
+    target: Target,
+    plan: Plan,
+    *,
+    components: Sequence[str] | None = None,
+    source: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Lower components for a target and compile them, or write down how to.
+
+    Raises:
+        MissingDependencyError: what the target needs is not installed; with ``emit_only`` nothing
+            is needed.
+        BuildError: the graph is illegal for the target, or its compiler failed.
+        UsageError: sizes that cannot be.
+    """
+    if not plan.emit_only:
+        target.check_available()
+    job = Job(
+        bundle,
+        Pipeline(()),
+        source,
+        target.stage_name(),
+        0,
+        plan.force,
+        plan.dry_run,
+        part(progress, 0, 2),
+        target=target,
+        prove=not plan.emit_only,
+    )
+    report = job.run("build", components)
+    if plan.dry_run:
+        return report
+    start = time.perf_counter()
+    with bundle.lock():
+        orders = [
+            _order(
+                bundle, one, target, plan, part(part(progress, 1, 2), i, len(report.components))
+            )
+            for i, one in enumerate(report.components)
+        ]
+        if plan.emit_only:
+            report.notes += _emit(bundle, target, orders)
+        else:
+            for one, order in zip(report.components, orders, strict=True):
+                _compile(one, order, target, plan.force)
+    report.seconds += time.perf_counter() - start
+    return report
+
+
+def _order(
+    bundle: Bundle, one: ComponentReport, target: Target, plan: Plan, progress: Progress
+) -> Order:
+    stage = bundle.stage(one.component, target.stage_name())
+    role = Role(stage.record.role)
+    side = PIXELS_PER_LATENT * int(_sample_size(bundle) or 64)
+    native = Size(side, side)
+    sizes = parse_sizes(plan.shapes or str(native), native)
+    request = Request(sizes, plan.batch, plan.dims)
+    graph = stage.load().graph
+    inputs = {
+        value.name or "": [
+            dim if isinstance(dim, int) else str(dim.value) for dim in (value.shape or ())
+        ]
+        for value in graph.inputs
+    }
+    doubled = role is Role.DENOISER
+    profiles = request.profiles(inputs, doubled=doubled, where=one.component)
+    unique = [p for i, p in enumerate(profiles) if p not in profiles[:i]]
+    return Order(one.component, role, stage.path, unique, sizes, plan.batch, progress)
+
+
+def _sample_size(bundle: Bundle) -> int | None:
+    """The latent's side that the denoiser was trained at, as its configuration says."""
+    names = [n for n, e in bundle.manifest.components.items() if e.role == Role.DENOISER.value]
+    found = [bundle.config(name).get("sample_size") for name in names]
+    return next((int(size) for size in found if isinstance(size, int)), None)
+
+
+def _compile(report: ComponentReport, order: Order, target: Target, force: bool) -> None:
+    name = target.artifact_name(order)
+    if name is None:
+        return
+    path = order.lowered.with_name(name)
+    versions = dict(target.compiler())
+    deciding = [report.digest, str(target), versions, [dict(p) for p in order.profiles]]
+    key = provenance.key(deciding)
+    if not force and (found := artifacts.known(path, key)) is not None:
+        report.artifact = dataclasses.asdict(found) | {"up_to_date": True}
+        return
+    start = time.perf_counter()
+    with artifacts.writing(path) as folder:
+        made = folder / name
+        try:
+            facts = target.compile(order, made)
+        except SdoptError as error:
+            error.where = error.where or order.component
+            raise
+        if not made.is_file():
+            raise BuildError(
+                f"the compiler of {target.name()} ended without an artifact",
+                where=str(path),
+                hint="run it by hand: --emit-only writes the commands",
+            )
+        seconds = time.perf_counter() - start
+        found = artifacts.commit(made, path, key, seconds, versions, facts)
+    report.artifact = dataclasses.asdict(found)
+
+
+def _emit(bundle: Bundle, target: Target, orders: Sequence[Order]) -> list[str]:
+    """Write the commands and what to copy for them; returns notes that say where."""
+    lines = target.commands(orders)
+    stem = f"build-{target.stage_name()}"
+    script = "#!/bin/sh\n# Makes the artifacts from the lowered graphs; run it in this folder.\n"
+    script += 'set -eu\ncd "$(dirname "$0")"\n' + "\n".join(lines) + "\n"
+    datafile.write_bytes(bundle.path / f"{stem}.sh", script.encode())
+    (bundle.path / f"{stem}.sh").chmod(0o755)
+    files = [f"{stem}.sh", *_files(bundle, orders)]
+    text = (
+        f"# {target}\n\nCopy these files, keeping their folders, to the machine that has the"
+        " compiler, and run the script there:\n\n"
+        + "\n".join(f"    {name}" for name in files)
+        + f"\n\n    sh {stem}.sh\n\nThen copy the artifacts back beside the graphs.\n"
+    )
+    datafile.write_bytes(bundle.path / f"{stem}.md", text.encode())
+    return [f"the commands are in {bundle.path / f'{stem}.sh'}, what to copy in {stem}.md"]
+
+
+def _files(bundle: Bundle, orders: Sequence[Order]) -> list[str]:
+    found: list[str] = []
+    for order in orders:
+        names = [order.lowered.name, *sorted(modelfile.files_of(order.lowered))]
+        found += [str((order.lowered.parent / n).relative_to(bundle.path)) for n in names]
+    return list(dict.fromkeys(found))
