@@ -212,7 +212,10 @@ def is_file_name(name: str, stem: str | None = None) -> bool:
     """Whether ``name`` is that of a companion's file (of a stage called ``stem``, if given)."""
     if not _FILE.fullmatch(name) or "/" in name or "\\" in name:
         return False
-    return stem is None or re.fullmatch(rf"{re.escape(stem)}-[a-z_]+-[0-9a-f]{{12}}\.onnx", name) is not None
+    return (
+        stem is None
+        or re.fullmatch(rf"{re.escape(stem)}-[a-z_]+-[0-9a-f]{{12}}\.onnx", name) is not None
+    )
 
 
 def settle_types(model: ir.Model) -> None:
@@ -257,7 +260,7 @@ def broken_wire(model: ir.Model) -> str | None:
     found = of(model)
     if found is None:
         return None
-    known: dict[str, Any] = {name: None for name in (*found.inputs, *found.sizes)}
+    known: dict[str, Any] = dict.fromkeys((*found.inputs, *found.sizes))
     main = {value.name or "": value.dtype for value in model.graph.outputs}
     if missing := set(found.outputs) - main.keys():
         return f"the main graph gives no {', '.join(sorted(missing))}"

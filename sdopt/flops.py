@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,8 +24,26 @@ SIZES: Mapping[str, int] = {
 }
 """A step of Stable Diffusion 1.x at 512x512 pixels with classifier-free guidance."""
 
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """``SIZES`` at the latent size that a denoiser's configuration says it was trained at."""
+    size = config.get("sample_size") or SIZES["height"]
+    height, width = size if isinstance(size, list) else (size, size)
+    return {**SIZES, "height": height, "width": width}
+
+
+def stated(sizes: Mapping[str, int]) -> str:
+    """Those sizes in words, for a report."""
+    return (
+        f"latent {sizes['height']}x{sizes['width']}, batch {sizes['batch_size']}, "
+        f"{sizes['sequence_length']} tokens"
+    )
+
+
 _STANDARD = ("", "ai.onnx")
-_COUNTED = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "MultiHeadAttention"})
+_COUNTED = frozenset(
+    {"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "MultiHeadAttention"}
+)
 _SAME_SHAPE = frozenset({"GroupNormalization", "Gelu", "Swish", "Mish", "HardSwish"})
 """Functions for which onnx 1.23 infers nothing; each gives the shape of its first input."""
 

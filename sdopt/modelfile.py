@@ -208,8 +208,7 @@ def remove_orphans(path: Path) -> None:
     names = {
         p.name
         for p in folder.iterdir()
-        if datafile.is_data_name(p.name, path.stem)
-        or companions.is_file_name(p.name, path.stem)
+        if datafile.is_data_name(p.name, path.stem) or companions.is_file_name(p.name, path.stem)
     }
     if not names - used:
         return

@@ -144,7 +144,9 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
         ops_after=ops_after,
         rewrites=_sum(c.rewrites for c in contexts.values()),
         skips=tuple(skip for n, c in contexts.items() for skip in _labelled(n, c.skips)),
-        notes=tuple(f"{n}: {note}" if n else note for n, c in contexts.items() for note in c.notes),
+        notes=tuple(
+            f"{n}: {note}" if n else note for n, c in contexts.items() for note in c.notes
+        ),
         new_bytes=sum(size for key, size in new.items() if key not in known),
         changed=changed,
         present=_sum(c.present for c in contexts.values()),
@@ -216,9 +218,7 @@ def _check(
     ``signature`` is what the graph took and gave before; None for a graph that the pass added.
     """
     if signature is not None and not one.changes_interface() and _io(model) != signature:
-        raise _broken(
-            one, component, f"inputs and outputs were {signature} and are {_io(model)}"
-        )
+        raise _broken(one, component, f"inputs and outputs were {signature} and are {_io(model)}")
     names: set[str] = set()
     names.update(value.name or "" for value in model.graph.inputs)
     names.update(model.graph.initializers)

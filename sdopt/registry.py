@@ -19,6 +19,8 @@ PASSES: dict[str, str] = {
     "cast_bf16": "sdopt.passes.cast_bf16:CastBf16",
     "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
     "tome": "sdopt.passes.tome:Tome",
+    "hoist": "sdopt.passes.hoist:Hoist",
+    "deep_cache": "sdopt.passes.deep_cache:DeepCache",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
     "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",

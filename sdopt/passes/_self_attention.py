@@ -52,7 +52,7 @@ class Site:
 
 def find(model: ir.Model) -> tuple[list[Site], list[tuple[str, ir.Node]]]:
     """Self-attention sites in graph order, and the other attentions with why they are none."""
-    levels = _levels(model.graph)
+    levels = levels_of(model.graph)
     sites: list[Site] = []
     refused: list[tuple[str, ir.Node]] = []
     for node in model.graph:
@@ -212,7 +212,7 @@ def _flattened(value: ir.Value) -> ir.Value | None:
     return None
 
 
-def _levels(main: ir.Graph) -> dict[ir.Value, int]:
+def levels_of(main: ir.Graph) -> dict[ir.Value, int]:
     """How often each map was halved on its shortest way from the latent.
 
     Skip connections make the shortest way the one that shows a map's size: upsampling undoes what

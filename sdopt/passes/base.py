@@ -89,7 +89,9 @@ class PassContext:
         """
         attached = companions.attach(self.model)
         if name not in attached.graphs:
-            one = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(self.model.opset_imports))
+            one = ir.Graph(
+                [], [], nodes=[], name=name, opset_imports=dict(self.model.opset_imports)
+            )
             made = ir.Model(one, ir_version=self.model.ir_version)
             attached.graphs[name] = companions.Companion(made, companions.Schedule(schedule))
         return attached.graphs[name].model
