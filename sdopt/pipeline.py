@@ -111,6 +111,7 @@ class RunContext:
 
 def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     before, ops_before, signature = fingerprint(model), graph.op_counts(model), _io(model)
+    vendor_ops = graph.vendor_ops(model) | one.vendor_ops
     known = {id(value.const_value) for value in modelfile.initializers(model)}
     ctx = PassContext(
         model=model, role=run.role, config=run.config, seed=run.seed, target=run.target
@@ -120,7 +121,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     seconds = time.perf_counter() - start
     changed = fingerprint(model) != before
     if changed:
-        _check(one, model, signature, run.component)
+        _check(one, model, signature, run.component, vendor_ops)
     ops_after = graph.op_counts(model)
     new = (v.const_value for v in modelfile.initializers(model))
     return PassReport(
@@ -148,9 +149,16 @@ def _io(model: ir.Model) -> tuple[Signature, Signature]:
 
 
 def _check(
-    one: Pass, model: ir.Model, signature: tuple[Signature, Signature], component: str
+    one: Pass,
+    model: ir.Model,
+    signature: tuple[Signature, Signature],
+    component: str,
+    vendor_ops: frozenset[str] | set[str],
 ) -> None:
-    """The invariants that hold between passes, whoever wrote them."""
+    """The invariants that hold between passes, whoever wrote them.
+
+    ``vendor_ops`` are those that were there before and those that the pass declares.
+    """
 
     def broken(why: str) -> PassError:
         return PassError(
@@ -177,7 +185,7 @@ def _check(
         if value.const_value is None:
             raise broken(f"the weight {value.name!r} has no value")
     try:
-        modelfile.check(model)
+        modelfile.check(model, vendor_ops)
     except (onnx.checker.ValidationError, RuntimeError) as error:
         raise broken(f"onnx's checker says: {error}") from error
 

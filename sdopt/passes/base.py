@@ -106,6 +106,9 @@ class Pass(abc.ABC):
     after: ClassVar[tuple[str, ...]] = ()
     """Names of passes that must not come later than this one in the same pipeline."""
     interface: ClassVar[Interface] = Interface.KEEPS
+    vendor_ops: ClassVar[frozenset[str]] = frozenset()
+    """Operators that it may write into the standard domain though ONNX has none of that name,
+    because a vendor's compiler expects them there; onnx's checker is not asked about them."""
     once: ClassVar[bool] = False
     """Whether a second application is refused, because it would not be the same as one."""
 
