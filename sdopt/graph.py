@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from sdopt import weights
@@ -55,6 +56,16 @@ def op_counts(model: ir.Model) -> dict[str, int]:
 def opset(model: ir.Model) -> int:
     """The version of the standard operator set that the model imports (0 if none)."""
     return model.opset_imports.get("", 0)
+
+
+def vendor_ops(model: ir.Model) -> set[str]:
+    """Operators in the standard domain that ONNX does not have, such as a compiler's plug-ins.
+
+    TensorRT's plug-ins and Ascend's kernels are addressed so.
+    """
+    inlined = {function.name for function in model.functions.values() if not function.domain}
+    found = {node.op_type for node in nodes(model) if node.domain in ("", "ai.onnx")}
+    return {name for name in found - inlined if not onnx.defs.has(name)}
 
 
 def constant(value: ir.Value | None, most: int = SMALL_ELEMENTS) -> np.ndarray | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from sdopt.errors import BundleError, WeightsError
 from sdopt.weights import INLINE_BYTES, check_location, identity
 
 DIGEST_LENGTH = 16
+
+_VENDORS = "sdopt.vendors"
+"""Where the checker sees operators that only a vendor's compiler knows."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,13 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
 
 
-def check(model: ir.Model) -> None:
+def check(model: ir.Model, vendor_ops: Collection[str] = ()) -> None:
     """Run onnx's checker on the graph, with its weights declared as inputs.
 
     The checker knows neither computed tensors nor the folder that a file range is relative to
-    (onnx 1.23), and it need not see weights to check a graph.
+    (onnx 1.23), and it need not see weights to check a graph. It refuses unknown operators of the
+    standard domain; those in ``vendor_ops`` it sees in a domain of their own, about which it asks
+    nothing.
 
     Raises:
         onnx.checker.ValidationError: the graph is not valid.
@@ -182,12 +187,26 @@ def check(model: ir.Model) -> None:
             if value not in overridable:
                 one.inputs.append(value)
     try:
-        onnx.checker.check_model(ir.to_proto(model))
+        proto = ir.to_proto(model)
+        if vendor_ops:
+            _move(proto.graph, vendor_ops)
+            proto.opset_import.add(domain=_VENDORS, version=1)
+        onnx.checker.check_model(proto)
     finally:
         for value in [v for v in one.inputs if v not in overridable]:
             one.inputs.remove(value)
         one.initializers.clear()
         one.initializers.update(kept)
+
+
+def _move(one: onnx.GraphProto, names: Collection[str]) -> None:
+    """Put the nodes of those operators, also in subgraphs, into a domain of their own."""
+    for node in one.node:
+        if node.op_type in names and node.domain in ("", "ai.onnx"):
+            node.domain = _VENDORS
+        for attr in node.attribute:
+            for body in [attr.g, *attr.graphs] if attr.HasField("g") else attr.graphs:
+                _move(body, names)
 
 
 def files_of(path: Path) -> set[str]:

@@ -112,6 +112,7 @@ class RunContext:
 
 
 def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
+    vendor_ops = one.vendor_ops.union(*map(graph.vendor_ops, companions.family(model)))
     earlier = companions.graphs(model)
     _refuse_companions(one, earlier, run.component)
     before, ops_before = fingerprint(model), _ops(model)
@@ -130,7 +131,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     changed = fingerprint(model) != before
     if changed:
         for name, each in {"": model, **companions.graphs(model)}.items():
-            _check(one, each, signatures.get(name), run.component)
+            _check(one, each, signatures.get(name), run.component, vendor_ops)
         if why := companions.broken_wire(model):
             raise _broken(one, run.component, why)
     ops_after, new = _ops(model), _weights(model)
@@ -211,10 +212,15 @@ def _broken(one: Pass, component: str, why: str) -> PassError:
 
 
 def _check(
-    one: Pass, model: ir.Model, signature: tuple[Signature, Signature] | None, component: str
+    one: Pass,
+    model: ir.Model,
+    signature: tuple[Signature, Signature] | None,
+    component: str,
+    vendor_ops: frozenset[str],
 ) -> None:
     """The invariants that hold between passes, whoever wrote them.
 
+    ``vendor_ops`` are those that were there before and those that the pass declares;
     ``signature`` is what the graph took and gave before; None for a graph that the pass added.
     """
     if signature is not None and not one.changes_interface() and _io(model) != signature:
@@ -235,7 +241,7 @@ def _check(
         if value.const_value is None:
             raise _broken(one, component, f"the weight {value.name!r} has no value")
     try:
-        modelfile.check(model)
+        modelfile.check(model, vendor_ops)
     except (onnx.checker.ValidationError, RuntimeError) as error:
         raise _broken(one, component, f"onnx's checker says: {error}") from error
 

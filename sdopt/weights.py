@@ -224,6 +224,30 @@ def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtoco
     return BlockTensor(blocks, tensor.dtype, shape, name=name)
 
 
+def interleave(
+    tensors: Sequence[ir.TensorProtocol], groups: int, axis: int = 0
+) -> ir.TensorProtocol:
+    """Concatenate along ``axis`` group by group: the first of each tensor, the second of each.
+
+    With the weights of q, k and v and the heads as ``groups``, the rows of one head's q, k and v
+    follow each other.
+
+    Raises:
+        ValueError: the tensors differ in dtype or shape, or do not divide into ``groups``.
+    """
+    shape = list(tensors[0].shape.numpy())
+    if any(list(tensor.shape.numpy()) != shape for tensor in tensors) or shape[axis] % groups:
+        raise ValueError(f"cannot interleave {groups} groups of tensors of the shape {shape}")
+    apart = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+    whole = concat([reshape(tensor, apart) for tensor in tensors], axis + 1)
+    return reshape(whole, (*shape[:axis], shape[axis] * len(tensors), *shape[axis + 1 :]))
+
+
+def reshape(tensor: ir.TensorProtocol, shape: Sequence[int]) -> BlockTensor:
+    """The same elements in another shape, block by block."""
+    return BlockTensor(lambda: read_blocks(tensor), tensor.dtype, shape, name=tensor.name or "")
+
+
 def rechunk(blocks: Iterable[np.ndarray], count: int) -> Blocks:
     """The same elements in flat arrays of exactly ``count``, the last one shorter."""
     held: list[np.ndarray] = []

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from sdopt import graph
+from sdopt import graph, modelfile
 from sdopt.fingerprint import fingerprint
 from sdopt.passes.base import Pass, PassContext
 
@@ -39,7 +38,7 @@ def apply(one: Pass, model: ir.Model, **context: object) -> PassContext:
     """Apply a pass in place, check the result with onnx's checker, return what it said."""
     ctx = PassContext(model, **context)  # type: ignore[arg-type]
     one.apply(model, ctx)
-    onnx.checker.check_model(ir.to_proto(model))
+    modelfile.check(model, one.vendor_ops)
     return ctx
 
 

@@ -96,7 +96,7 @@ class Outside:
             self._restore(node)
         if fingerprint(made) == fingerprint(self.model):
             return False
-        modelfile.check(made)
+        modelfile.check(made, graph.vendor_ops(self.model))
         model = self.model
         made.graph.metadata_props.update(model.graph.metadata_props)
         model.graph, model.ir_version = made.graph, made.ir_version

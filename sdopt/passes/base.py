@@ -134,6 +134,9 @@ class Pass(abc.ABC):
     interface: ClassVar[Interface] = Interface.KEEPS
     reach: ClassVar[Reach] = Reach.EACH
     """What it is applied to where the stage has companions."""
+    vendor_ops: ClassVar[frozenset[str]] = frozenset()
+    """Operators that it may write into the standard domain though ONNX has none of that name,
+    because a vendor's compiler expects them there; onnx's checker is not asked about them."""
     once: ClassVar[bool] = False
     """Whether a second application is refused, because it would not be the same as one."""
 

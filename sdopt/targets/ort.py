@@ -51,7 +51,7 @@ class Ort(Target):
     @property
     def wants(self) -> str:
         """Group norms and attentions as the kernels that are fastest on this provider."""
-        return "clean,lower_group_norm,lower_attention"
+        return "clean,lower_group_norm,flash_attention=ort"
 
     def stage_name(self) -> str:
         """``ort_cpu``; the number of threads does not change the graph."""

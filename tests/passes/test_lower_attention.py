@@ -1,141 +1,113 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
+from sdopt.passes.flash_attention import FlashAttention
 from sdopt.passes.lower_attention import LowerAttention
-from tests.toolkit import apply, leaves, model_of, ops, relative_l2, run
+from tests.passes.attention_graphs import Sizes, bare, block, feeds
+from tests.toolkit import apply, leaves, ops, relative_l2, run
 
-CONSTANTS = {"heads": np.array([0, 0, 4, 8]), "flat": np.array([0, 0, 32])}
-V_CONSTANTS = {"v_heads": np.array([0, 0, 4, 6]), "v_flat": np.array([0, 0, 24])}
-
-
-def block(attention: str = "a = Attention(qh, kh, vh)", v: int = 32, inputs: str = "") -> str:
-    """Attention as exporters write it, from ``[B, S, heads * D]`` and back."""
-    split, join = ("heads", "flat") if v == 32 else ("v_heads", "v_flat")
-    return f"""g (float[B,S,32] q, float[B,T,32] k, float[B,T,{v}] v{inputs})
-        => (float[B,S,{v}] y)
-        <float[B,4,S,8] qh, float[B,4,T,8] kh, float[B,4,T,{v // 4}] vh>
-    {{
-        qr = Reshape(q, heads)
-        qh = Transpose<perm=[0,2,1,3]>(qr)
-        kr = Reshape(k, heads)
-        kh = Transpose<perm=[0,2,1,3]>(kr)
-        vr = Reshape(v, {split})
-        vh = Transpose<perm=[0,2,1,3]>(vr)
-        {attention}
-        t = Transpose<perm=[0,2,1,3]>(a)
-        y = Reshape(t, {join})
-    }}"""
+TIGHT = 2e-6
+LENGTHS = [{"B": 2, "S": 9, "T": 13}, {"B": 3, "S": 64, "T": 77}]
+FORMS = {
+    "plain": (Sizes(), "", ""),
+    "other values": (Sizes(v_size=6), "", ""),
+    "scaled": (Sizes(), "<scale=0.7>", ""),
+    "unscaled": (Sizes(), "<scale=1.0>", ""),
+    "masked": (Sizes(), "", "float[B,1,S,T]"),
+    "masked by bool": (Sizes(), "", "bool[S,T]"),
+    "causal": (Sizes(), "<is_causal=1>", ""),
+    "causal, of fixed sizes": (Sizes(2, 9, 13), "<is_causal=1>", ""),
+    "causal and masked": (Sizes(), "<is_causal=1>", "float[4,S,T]"),
+    "grouped": (Sizes(kv_heads=2), "", ""),
+    "grouped and masked": (Sizes(kv_heads=1), "", "float[B,4,S,T]"),
+}
 
 
-BARE = """g (float[B,4,S,8] q, float[B,4,T,8] k, float[B,4,T,8] v) => (float[B,4,S,8] y) {
-    y = Attention(q, k, v)
-}"""
+@pytest.mark.parametrize("form", FORMS)
+def test_it_computes_the_same(form: str) -> None:
+    sizes, attributes, mask = FORMS[form]
+    model = block(sizes, attributes=attributes, mask=mask)
+    given = [feeds(model, **one) for one in LENGTHS]
+    evaluator = ReferenceEvaluator(ir.to_proto(model))
+    before = [evaluator.run(None, one)[0] for one in given]
+    assert apply(LowerAttention(), model).rewrites == {"attention": 1}
+    assert "Attention" not in ops(model)
+    for one, wanted in zip(given, before, strict=True):
+        assert relative_l2(run(model, one)[0], wanted) < TIGHT
 
 
-def feeds(queries: int = 9, keys: int = 13, v: int = 32) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    sizes = {"q": (2, queries, 32), "k": (2, keys, 32), "v": (2, keys, v)}
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in sizes.items()}
-
-
-@pytest.mark.parametrize("v", [32, 24])
-@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (64, 77)])
-@pytest.mark.parametrize("attributes", ["", "<scale=0.7>"])
-def test_it_computes_the_same(v: int, queries: int, keys: int, attributes: str) -> None:
-    constants = CONSTANTS if v == 32 else {"heads": CONSTANTS["heads"], **V_CONSTANTS}
-    model = model_of(block(f"a = Attention{attributes}(qh, kh, vh)", v), constants)
-    given = feeds(queries, keys, v)
-    (before,) = run(model, given)
-    ctx = apply(LowerAttention(), model)
-    assert ctx.rewrites == {"Attention to MultiHeadAttention": 1}
-    (after,) = run(model, given)
-    assert relative_l2(after, before) < 2e-6
-
-
-def test_a_wrong_scale_would_be_seen() -> None:
-    model = model_of(block("a = Attention<scale=0.7>(qh, kh, vh)"), CONSTANTS)
-    (before,) = run(model, feeds())
+@pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 23])
+@pytest.mark.parametrize("form", FORMS)
+def test_its_operators_mean_the_same_in_every_opset(form: str, opset: int) -> None:
+    sizes, attributes, mask = FORMS[form]
+    model = block(sizes, attributes=attributes, mask=mask)
+    given = feeds(model, **LENGTHS[0])
     apply(LowerAttention(), model)
-    node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
-    del node.attributes["scale"]
-    (after,) = run(model, feeds())
-    assert relative_l2(after, before) > 1e-2
+    (newest,) = run(model, given)
+    model.opset_imports[""], model.ir_version = opset, 7 if opset < 18 else 10
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert (run(model, given)[0] == newest).all()
 
 
-def test_the_transposes_go() -> None:
-    model = model_of(block(), CONSTANTS)
+def test_what_it_writes() -> None:
+    model = block()
     apply(LowerAttention(), model)
-    assert ops(model) == {"com.microsoft::MultiHeadAttention": 1}
-    assert model.opset_imports["com.microsoft"] == 1
-    assert model.graph.outputs[0].name == "y"
+    assert ops(model) == {"Reshape": 4, "Transpose": 4, "MatMul": 2, "Mul": 1, "Softmax": 1}
+    scale = next(node for node in model.graph if node.op_type == "Mul")
+    scores = next(node for node in model.graph if node.op_type == "MatMul")
+    assert scores.inputs[0] is scale.outputs[0], "the scale comes before the first MatMul"
 
 
-def test_operands_that_nothing_transposed_are_transposed() -> None:
-    model = model_of(BARE)
-    rng = np.random.default_rng(2)
-    sizes = {"q": (2, 4, 5, 8), "k": (2, 4, 7, 8), "v": (2, 4, 7, 8)}
-    given = {name: rng.standard_normal(shape, np.float32) for name, shape in sizes.items()}
+@pytest.mark.parametrize("shape", ["B,4,S,8", "B,S,32"])
+def test_operands_as_they_come(shape: str) -> None:
+    attributes = "" if shape.count(",") == 3 else "<q_num_heads=4, kv_num_heads=4>"
+    model = bare(shape, attributes=attributes)
+    given = feeds(model, **LENGTHS[0])
     (before,) = run(model, given)
     apply(LowerAttention(), model)
-    assert ops(model) == {"Reshape": 4, "Transpose": 4, "com.microsoft::MultiHeadAttention": 1}
-    (after,) = run(model, given)
-    assert relative_l2(after, before) < 2e-6
+    assert relative_l2(run(model, given)[0], before) < TIGHT
 
 
-def test_another_reader_of_the_heads_still_gets_them() -> None:
-    body = block().replace("(float[B,S,32] y)", "(float[B,S,32] y, float[B,4,S,8] z)")
-    model = model_of(body.replace("t = Trans", "z = Relu(a)\nt = Trans"), CONSTANTS)
-    before = run(model, feeds())
+def test_a_softmax_asked_for_in_float32_stays_there() -> None:
+    model = bare("B,4,S,8", attributes="<softmax_precision=1>", kind="float16")
     apply(LowerAttention(), model)
-    after = run(model, feeds())
-    assert [relative_l2(a, b) < 2e-6 for a, b in zip(after, before, strict=True)] == [True, True]
+    assert ops(model)["Cast"] == 2
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    cast = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+    assert cast is not None
+    assert cast.attributes["to"].as_int() == ir.DataType.FLOAT
 
 
-def test_half_precision() -> None:
-    body = block().replace("float[", "float16[")
-    model = model_of(body, CONSTANTS)
-    given = {name: array.astype(np.float16) for name, array in feeds().items()}
+def test_it_takes_what_a_kernel_left() -> None:
+    model = block(Sizes(2, 16, 16), mask="float[S,T]".replace("S,T", "16,16"))
+    given = feeds(model)
+    (before,) = run(model, given)
+    leaves(FlashAttention("duo"), model, "it has a mask")
     apply(LowerAttention(), model)
-    (after,) = run(model, given)
-    (wanted,) = run(
-        model_of(block(), CONSTANTS), {n: a.astype(np.float32) for n, a in given.items()}
-    )
-    assert after.dtype == np.float16
-    assert relative_l2(after, wanted) < 1e-3
+    assert relative_l2(run(model, given)[0], before) < TIGHT
 
 
-def test_a_second_time_changes_nothing() -> None:
-    model = model_of(block(), CONSTANTS)
+def test_another_order_of_heads_would_be_seen() -> None:
+    model = block(Sizes(kv_heads=2))
+    given = feeds(model, **LENGTHS[0])
+    (before,) = run(model, given)
     apply(LowerAttention(), model)
-    leaves(LowerAttention(), model)
+    given["k"] = np.roll(given["k"].reshape(2, 13, 2, 8), 1, axis=2).reshape(2, 13, 16)
+    assert relative_l2(run(model, given)[0], before) > 1e-2
 
 
 @pytest.mark.parametrize(
-    ("attention", "inputs", "reason"),
+    ("model", "reason"),
     [
-        ("a = Attention(qh, kh, vh, mask)", ", float[S,T] mask", "a mask or a cache"),
-        ("a = Attention<is_causal=1>(qh, kh, vh)", "", "it sets is_causal"),
-        ("a = Attention<softcap=5.0>(qh, kh, vh)", "", "it sets softcap"),
+        (block(attributes="<softcap=5.0>"), "it sets softcap"),
+        (bare("B,N,S,8"), "heads or head sizes are not known"),
+        (bare("B,S,32"), "heads or head sizes are not known"),
     ],
 )
-def test_leaves_alone(attention: str, inputs: str, reason: str) -> None:
-    leaves(LowerAttention(), model_of(block(attention, inputs=inputs), CONSTANTS), reason)
-
-
-def test_leaves_alone_heads_that_share_keys() -> None:
-    body = BARE.replace("float[B,4,T,8] k, float[B,4,T,8] v", "float[B,2,T,8] k, float[B,2,T,8] v")
-    leaves(LowerAttention(), model_of(body), "grouped query attention")
-
-
-def test_leaves_alone_heads_that_are_not_known() -> None:
-    body = BARE.replace("[B,4,", "[B,N,")
-    leaves(LowerAttention(), model_of(body), "not known")
-
-
-def test_leaves_alone_operands_of_three_dimensions() -> None:
-    body = """g (float[B,S,32] q, float[B,T,32] k, float[B,T,32] v) => (float[B,S,32] y) {
-        y = Attention<q_num_heads=4, kv_num_heads=4>(q, k, v)
-    }"""
-    leaves(LowerAttention(), model_of(body), "it sets q_num_heads")
+def test_leaves_alone(model: ir.Model, reason: str) -> None:
+    leaves(LowerAttention(), model, reason)

@@ -62,7 +62,7 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_what_it_wants_is_a_pipeline_of_ours() -> None:
     passes = Pipeline.parse(Ort().wants).passes
-    assert [one.name() for one in passes] == ["clean", "lower_group_norm", "lower_attention"]
+    assert [one.name() for one in passes] == ["clean", "lower_group_norm", "flash_attention"]
 
 
 @pytest.mark.parametrize("name", sorted(registry.table("targets")))
