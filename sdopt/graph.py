@@ -121,6 +121,17 @@ def single_consumer(value: ir.Value) -> ir.Node | None:
     return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
+def rank(value: ir.Value | None) -> int | None:
+    """The number of axes that a value is declared to have, or None."""
+    return len(value.shape) if value is not None and value.shape is not None else None
+
+
+def static_dim(value: ir.Value | None, axis: int) -> int | None:
+    """The size of an axis if it is declared and a number."""
+    dim = value.shape[axis] if value is not None and value.shape is not None else None
+    return dim if isinstance(dim, int) else None
+
+
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """A node attribute's plain value, or ``default``."""
     attr = node.attributes.get(name)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes import _heads
 from sdopt.passes.base import PassContext
 
 TO_LAST = (0, 2, 3, 1)
@@ -103,7 +102,7 @@ class Layout:
 
     def _binary(self, node: ir.Node) -> bool:
         emit, operands = self.emitter(node), []
-        if len(node.inputs) != 2 or _heads.rank(node.outputs[0]) != 4:
+        if len(node.inputs) != 2 or graph.rank(node.outputs[0]) != 4:
             return False
         kinds = [self._kind(value) for value in node.inputs]
         if None in kinds:

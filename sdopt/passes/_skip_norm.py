@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes import _heads
 
 MICROSOFT = "com.microsoft"
 
@@ -21,7 +20,7 @@ def sides(add: ir.Node, kind: str) -> tuple[ir.Value, ir.Value] | str:
         return (a, b) if _has_bias(a, kind) or not _has_bias(b, kind) else (b, a)
     if kind == "group_norm":
         for main, skip in ((a, b), (b, a)):
-            per_channel = [_heads.static(skip, axis) for axis in range(len(skip.shape or ()))]
+            per_channel = [graph.static_dim(skip, axis) for axis in range(len(skip.shape or ()))]
             whole = main.shape is not None and list(main.shape) == list(add.outputs[0].shape or ())
             same = (
                 skip.shape is not None

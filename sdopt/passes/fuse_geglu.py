@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sdopt import graph, weights
-from sdopt.passes import _heads
 from sdopt.passes.base import Numerics, Pass, PassContext
 
 MICROSOFT = "com.microsoft"
@@ -64,11 +63,11 @@ def _fuse(split: ir.Node, gelu: ir.Node, product: ir.Node, ctx: PassContext) -> 
         return "its halves are read by something else too"
     if graph.attribute(gelu, "approximate", "none") != "none":
         return "its GELU is the tanh approximation; the kernel computes the exact one"
-    rank = _heads.rank(source)
+    rank = graph.rank(source)
     if rank != 3 or graph.attribute(split, "axis", 0) not in (-1, 2):
         return "its projection is not [B, S, D] split over D"
-    width = _heads.static(source, 2)
-    if width not in WIDTHS or _heads.static(halves[0], 2) != width // 2:
+    width = graph.static_dim(source, 2)
+    if width not in WIDTHS or graph.static_dim(halves[0], 2) != width // 2:
         return f"its projection is {width} wide; the kernel takes {', '.join(map(str, WIDTHS))}"
     emit = ctx.emitter(split, f"{graph.module_path(product)}/fuse_geglu")
     x, bias = _bias(source)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes import _heads
 from sdopt.passes._skip_norm import MICROSOFT, sides, without_bias
 from sdopt.passes.base import Numerics, Pass, PassContext
 
@@ -74,7 +73,7 @@ def _fuse(add: ir.Node, norm: ir.Node, kind: str, ctx: PassContext) -> str | Non
     if isinstance(found, str):
         return found
     if kind == "layer_norm":
-        if graph.attribute(norm, "axis", -1) not in (-1, (_heads.rank(total) or 0) - 1):
+        if graph.attribute(norm, "axis", -1) not in (-1, (graph.rank(total) or 0) - 1):
             return "it does not run over the last axis alone"
         if len(norm.outputs) > 1 and any(out.uses() for out in norm.outputs[1:]):
             return "its mean or deviation is read"

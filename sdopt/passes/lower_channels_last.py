@@ -8,7 +8,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sdopt import graph, weights
-from sdopt.passes import _heads
 from sdopt.passes._layout import Layout
 from sdopt.passes.base import Numerics, Pass, PassContext
 
@@ -87,7 +86,7 @@ def _convolution(node: ir.Node, layout: Layout, ctx: PassContext) -> bool:
 
 def _group_norm(node: ir.Node, layout: Layout, ctx: PassContext) -> bool:
     x, scale, bias = node.inputs[:3]
-    if x is None or _heads.rank(x) != 4:
+    if x is None or graph.rank(x) != 4:
         ctx.skip("its input is not known to be 4-D", node, "group_norm")
         return False
     tensors = [v.const_value for v in (scale, bias) if v is not None and not v.is_graph_input()]
