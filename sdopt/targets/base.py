@@ -96,6 +96,10 @@ class Target(abc.ABC):
     def stage_name(self) -> str:
         """The stage that a build for this target writes (``ort_cpu``)."""
 
+    def takes(self) -> Dialect:
+        """The dialect with these options; the class's ``dialect`` unless an option changes it."""
+        return self.dialect
+
     def lowering(self, role: Role) -> str:
         """The spec of the passes for a component of that role; ``wants`` unless it differs."""
         return self.wants
@@ -177,7 +181,7 @@ class Target(abc.ABC):
         Raises:
             BuildError: naming the first node that is not, its module path, and the reason.
         """
-        dialect = self.dialect
+        dialect = self.takes()
         if graph.opset(model) > dialect.max_opset:
             raise BuildError(
                 f"{self.name()} takes operators up to opset {dialect.max_opset}",
@@ -207,14 +211,15 @@ class Target(abc.ABC):
                 )
 
     def _illegal(self, node: ir.Node) -> str | None:
-        if reason := self.dialect.refused.get(_operator(node)):
+        dialect = self.takes()
+        if reason := dialect.refused.get(_operator(node)):
             return reason
-        if node.domain not in ("", "ai.onnx", *self.dialect.domains):
+        if node.domain not in ("", "ai.onnx", *dialect.domains):
             return f"it knows no operators of the domain {node.domain!r}"
-        if self.dialect.known and _operator(node) not in self.dialect.known:
+        if dialect.known and _operator(node) not in dialect.known:
             return "it is not among the operators that its compiler has"
         types = {value.dtype for value in node.outputs if value.dtype is not None}
-        if self.dialect.dtypes and (strange := types - self.dialect.dtypes):
+        if dialect.dtypes and (strange := types - dialect.dtypes):
             return f"it makes {', '.join(sorted(str(t).lower() for t in strange))}"
         return None
 
