@@ -76,6 +76,7 @@ class PassReport:
     new_bytes: int
     changed: bool
     present: dict[str, int] = field(default_factory=dict)
+    intent: str = "same"
 
     def coverage(self) -> list[Coverage]:
         """What was found and what became of it, kind by kind, for the kinds of skips that say."""

@@ -10,7 +10,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import graph
 from sdopt.passes import _precision
-from sdopt.passes.base import Interface, Numerics, Pass, PassContext
+from sdopt.passes.base import Intent, Interface, Numerics, Pass, PassContext
 
 _WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -20,6 +20,7 @@ class HalfCast(Pass):
     """A cast of weights and arithmetic from float32 to ``half``."""
 
     numerics: ClassVar[Numerics] = Numerics.LOSSY
+    intent: ClassVar[Intent] = Intent.CAST
     after: ClassVar[tuple[str, ...]] = (
         "lora",
         "clean",

@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from sdopt import graph, spec
 from sdopt.report import Skip
-from sdopt.tolerance import Numerics
+from sdopt.tolerance import Intent, Numerics
 
-__all__ = ["ANY", "Interface", "Numerics", "Pass", "PassContext", "Role"]
+__all__ = ["ANY", "Intent", "Interface", "Numerics", "Pass", "PassContext", "Role"]
 
 
 class Role(enum.Enum):
@@ -102,6 +102,8 @@ class Pass(abc.ABC):
     """
 
     numerics: ClassVar[Numerics]
+    intent: ClassVar[Intent] = Intent.SAME
+    """Whether the result means to compute the same function."""
     roles: ClassVar[frozenset[Role]] = ANY
     after: ClassVar[tuple[str, ...]] = ()
     """Names of passes that must not come later than this one in the same pipeline."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from sdopt.errors import UsageError, WeightsError
 from sdopt.passes import _lora_file, _lora_match, _lora_merge
-from sdopt.passes.base import Numerics, Pass, PassContext, Role
+from sdopt.passes.base import Intent, Numerics, Pass, PassContext, Role
 
 MERGED_KEY = "sdopt.lora"
 """Metadata key of a model: JSON, digest of each adapter file merged into it to its scale."""
@@ -41,6 +41,7 @@ class Lora(Pass):
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
+    intent: ClassVar[Intent] = Intent.OTHER
     roles: ClassVar[frozenset[Role]] = frozenset({Role.DENOISER, Role.TEXT_ENCODER, Role.MODEL})
 
     file: str
