@@ -23,6 +23,7 @@ LAYERS = (
     ("modelfile",),
     ("tolerance", "registry"),
     ("report",),
+    ("requirements",),
     ("bundle",),
     ("passes",),
     ("pipeline", "exporters", "targets", "runtime"),

@@ -9,14 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from sdopt.cli import render
-
-Json = Annotated[bool, typer.Option("--json", help="Print plain data as JSON on stdout.")]
+from sdopt.cli.options import Components, Json, ModelArgument
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="A bundle or one FILE.onnx; the current folder by default.")
-    ] = Path(),
+    path: ModelArgument = Path(),
     component: Annotated[
         str | None, typer.Option("--component", "-c", help="Only this component.")
     ] = None,
@@ -62,9 +59,7 @@ def compare(
         str, typer.Argument(help="A bundle (BUNDLE@STAGE), FILE.onnx or diffusers folder.")
     ],
     b: Annotated[str, typer.Argument(help="What to compare it with.")],
-    component: Annotated[
-        list[str] | None, typer.Option("--component", "-c", help="Only this component.")
-    ] = None,
+    component: Components = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     as_json: Json = False,
 ) -> None:

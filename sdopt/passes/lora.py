@@ -83,7 +83,7 @@ class Lora(Pass):
                 # A graph made in memory may not state the types of its initializers.
                 value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
         model.metadata_props[MERGED_KEY] = json.dumps({**merged, digest: self.scale})
-        ctx.count("adapter merged", len(updates))
+        ctx.count("adapted_weight", len(updates))
 
     def _path(self) -> Path:
         return Path(self.file).expanduser()  # no shell expands ~ behind lora=

@@ -59,15 +59,17 @@ class LowerAttention(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Lower every Attention of the main graph that the kernel can take."""
         for node in list(model.graph):
+            if node.op_type == "MultiHeadAttention" and node.domain == MICROSOFT:
+                ctx.already("attention")
             if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
                 continue
             sizes = _sizes(node)
             if isinstance(sizes, str):
-                ctx.skip(sizes, node)
+                ctx.skip(sizes, node, "attention")
                 continue
             model.opset_imports[MICROSOFT] = 1
             _lower(node, *sizes, ctx)
-            ctx.count("Attention to MultiHeadAttention")
+            ctx.count("attention")
 
 
 def _sizes(node: ir.Node) -> tuple[int, int, int] | str:

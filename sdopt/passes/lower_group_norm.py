@@ -64,10 +64,10 @@ class LowerGroupNorm(Pass):
         for node in list(model.graph):
             if node.op_type == "GroupNormalization" and node.domain in ("", "ai.onnx"):
                 if reason := _unsupported(node, graph.opset(model)):
-                    ctx.skip(reason, node)
+                    ctx.skip(reason, node, "group_norm")
                     continue
                 _lower(node, statistics, ctx)
-                ctx.count("GroupNormalization to InstanceNormalization")
+                ctx.count("group_norm")
 
 
 def _unsupported(node: ir.Node, opset: int) -> str | None:

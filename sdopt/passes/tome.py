@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sdopt import graph
 from sdopt.passes import _token_merging as merging
-from sdopt.passes._self_attention import Site, find, token_free_shape
+from sdopt.passes._self_attention import KIND, Site, find, token_free_shape
 from sdopt.passes.base import Numerics, Pass, PassContext, Role
 
 MAX_RATIO = 0.75
@@ -57,8 +57,8 @@ class Tome(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Merge around the chosen self-attentions; the rest is reported with its reason."""
         sites, refused = find(model)
-        for reason, node in refused:
-            ctx.skip(reason, node)
+        for reason, node, kind in refused:
+            ctx.skip(reason, node, kind)
         if self.ratio == 0:
             ctx.note("ratio=0 merges no tokens: the graph is unchanged")
             return
@@ -68,9 +68,9 @@ class Tome(Pass):
         for site in sites:
             if site.level > top:
                 part = 2 ** (site.level - top)
-                ctx.skip(f"its resolution is 1/{part} of the highest", site.attention)
+                ctx.skip(f"its resolution is 1/{part} of the highest", site.attention, KIND)
             elif site not in chosen:
-                ctx.skip(f"it comes after the first {self.blocks}", site.attention)
+                ctx.skip(f"it comes after the first {self.blocks}", site.attention, KIND)
         if len(highest) < self.blocks:
             ctx.note(
                 f"asked for {self.blocks} self-attentions, merged {len(highest)}: "
@@ -85,7 +85,7 @@ class Tome(Pass):
         part = merging.partition(emit, chosen[0].image, self.ratio, seed)
         for site, anchor in zip(chosen, anchors, strict=True):
             _merge_around(site, anchor, part, ctx)
-            ctx.count("merged self-attention")
+            ctx.count(KIND)
 
 
 def _merge_around(site: Site, anchor: ir.Node, part: merging.Partition, ctx: PassContext) -> None:
