@@ -28,7 +28,7 @@ LAYERS = (
     ("passes",),
     ("pipeline", "exporters", "targets", "runtime"),
     ("provenance",),
-    ("compare", "bench", "exporting", "inspection", "packing", "staging"),
+    ("compare", "bench", "exporting", "inspection", "packing", "pages", "staging"),
     ("api",),
     ("cli", "ui", "sweep"),
     ("__main__",),

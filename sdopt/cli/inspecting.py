@@ -79,14 +79,20 @@ def compare(
 
 def passes(
     name: Annotated[str | None, typer.Argument(help="Show this pass's page.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As Markdown; every built-in pass without a name.")
+    ] = False,
 ) -> None:
     """List the passes, or show what one does, when it applies, and its options."""
-    from sdopt import registry
+    from sdopt import pages, registry
     from sdopt.passes.presets import PRESETS
 
     if name:
-        cls = registry.resolve("passes", name)
-        render.result(f"{name}\n\n{pyinspect.getdoc(cls)}")
+        page = pages.page(registry.resolve("passes", name))
+        render.result(page.markdown() if markdown else page.text())
+        return
+    if markdown:
+        render.result(pages.document().rstrip("\n"))
         return
     for word in registry.table("passes"):
         cls = registry.resolve("passes", word)

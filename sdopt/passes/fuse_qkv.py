@@ -32,6 +32,12 @@ class FuseQkv(Pass):
     Numerics: reassociated (a wider MatMul may sum in another order).
 
     Options: none.
+
+    Counts: ``self_attention_qkv`` and ``cross_attention_kv``, one per attention;
+    ``other_projections`` where q, k and v cannot be followed to their projections.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,fuse_qkv --require self_attention_qkv=all
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED

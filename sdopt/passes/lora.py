@@ -32,12 +32,17 @@ class Lora(Pass):
     Keys of other components are left to these; a key that matches nothing is an error with the
     nearest names. A file that is in the model already is not merged again.
 
-    Numerics: reassociated, beside the same model merged in PyTorch; without the adapter it is
-    another model.
+    Numerics: reassociated, beside the same model merged in PyTorch. Beside a stage without the
+    adapter it is another model, and ``sdopt compare`` calls that pair unjudged.
 
     Options:
         file: the safetensors file.
         scale: the strength; 1 is what the adapter was trained with.
+
+    Counts: ``adapted_weight``, each weight that an update was merged into.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,lora=style.safetensors:scale=0.8,fuse_qkv
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED

@@ -30,6 +30,8 @@ class LowerAttention(Pass):
 
     Options: none.
 
+    Counts: ``attention``; a MultiHeadAttention that was there before is done already.
+
     Why this form: onnxruntime 1.31's Attention kernel makes the whole ``[B, heads, S, S]`` matrix,
     the one of MultiHeadAttention goes over it in blocks that stay in the cache. Measured by
     ``benchmarks/lowering.py``, batch 2, CPU time over Attention's (lower is better):
@@ -44,6 +46,9 @@ class LowerAttention(Pass):
 
     A whole step of examples/digits, both lowerings over the raw graph: 0.77 at a latent of 16x16
     in a batch of 2, 0.74 of 16, 0.82 at 32x32; with 3-D Attention 0.75, 0.86 and 0.88.
+
+    Example:
+        sdopt build BUNDLE --target ort
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED

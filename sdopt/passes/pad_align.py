@@ -36,13 +36,19 @@ class PadAlign(Pass):
         Reshape(x, [B, frozen, frozen, C])            ->  ... H and W of what was flattened
 
     Applies when: a nearest doubling meets a skip in a Concat over channels. Left alone: other
-    interpolation, upsamplers without a skip (a VAE's), fixed sizes, arithmetic that is exact.
+    interpolation, upsamplers without a skip (a VAE's), arithmetic that is exact, and everything
+    where height and width are fixed.
 
     Numerics: exact; ``mode=pad`` is another function and lossy.
 
     Options:
         mode: ``resize`` to the skip's size; ``crop`` by 2 and slice to it, the same result, for
             compilers that want constant scales; ``pad`` the latent, crop the output.
+
+    Counts: ``upsampler``, and ``baked_size``, a Reshape whose sizes hold only where it was traced.
+
+    Example:
+        sdopt optimize unet.onnx -o aligned.onnx --passes clean,pad_align
     """
 
     mode: Literal["resize", "crop", "pad"] = "resize"

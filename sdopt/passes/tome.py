@@ -31,12 +31,17 @@ class Tome(Pass):
     (``merge_attn`` of the package tomesd, whose dataflow this is). How much it saves
     grows with the size: reports beside a fused attention say from 768 px up (diffusers#2940).
 
-    Numerics: lossy.
+    Numerics: lossy: merged tokens share one answer, and only images can tell what that costs.
 
     Options:
         blocks: how many self-attentions to merge (``tome=5`` is all of SD1.x and SD2.x).
         ratio: the share of the tokens that is merged away, up to 0.75.
         seed: draws the destinations; by default the run's seed.
+
+    Counts: ``self_attention``; those of lower resolutions and after the first ``blocks`` are left.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,fuse_qkv,tome=5:ratio=0.4
     """
 
     blocks: int
