@@ -80,7 +80,7 @@ class Page:
             first, *rest = _headed(one)
             parts.append(_fenced([first.replace(f"{one.title}:", f"**{one.title}**:", 1), *rest]))
         rows = [
-            f"| `{one.name}` | {one.takes} | {one.default or 'required'} | {_ticked(one.text)} |"
+            f"| `{one.name}` | {one.takes} | {one.default or 'required'} | {_cell(one.text)} |"
             for one in self.options
         ]
         head = ["| option | takes | default | what it does |", "| --- | --- | --- | --- |"]
@@ -114,8 +114,7 @@ def document() -> str:
     """The pages of every built-in pass, as the Markdown file that lies in docs/."""
     pages = [page(registry.resolve("passes", name), registry.TARGETS) for name in registry.PASSES]
     rows = [
-        f"| [`{one.name}`](#{one.name}) | {one.numerics} | {_ticked(one.summary)} |"
-        for one in pages
+        f"| [`{one.name}`](#{one.name}) | {one.numerics} | {_cell(one.summary)} |" for one in pages
     ]
     presets = [f"- `@{name}` is `{passes}`" for name, passes in PRESETS.items()]
     parts = [
@@ -153,6 +152,11 @@ def _trimmed(lines: Sequence[str]) -> tuple[str, ...]:
 def _ticked(text: str) -> str:
     """Code marked as in Markdown; docstrings mark it as reStructuredText does."""
     return text.replace("``", "`")
+
+
+def _cell(text: str) -> str:
+    """``text`` in a table, where a bar would end the cell."""
+    return _ticked(text).replace("|", r"\|")
 
 
 def _headed(one: Section) -> Iterator[str]:

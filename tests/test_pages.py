@@ -51,7 +51,7 @@ def test_a_section_has_what_the_author_wrote(name: str) -> None:
         assert f"\n**{heading}**:" in section
     assert f"\n**Numerics**: {cls.numerics.value}" in section
     # Every word of the docstring that is no heading or option's name is on the page.
-    page = set(section.replace("**", "").split())
+    page = set(section.replace("**", "").replace(r"\|", "|").split())
     for word in (inspect.getdoc(cls) or "").replace("``", "`").split():
         assert word in page or word.endswith(":"), f"{word} is lost"
 
@@ -141,7 +141,7 @@ class Sample(Pass):
     Options:
         most: how many,
             at most.
-        names: which.
+        names: which, ``a|b``.
 
     Why this form: because
 
@@ -197,7 +197,7 @@ of that.
 
 Options:
     most (a whole number; required): how many, at most.
-    names (words joined by +; default a+b): which.
+    names (words joined by +; default a+b): which, `a|b`.
     mode (up or down; default up):
     fast (true or false; default true):
     part (a number; default none):
@@ -214,8 +214,7 @@ Example:
     sdopt one
     sdopt two"""
 
-MARKDOWN = """\
-## sample
+MARKDOWN = r"""## sample
 
 Do something to `x`.
 
@@ -246,7 +245,7 @@ of that.
 | option | takes | default | what it does |
 | --- | --- | --- | --- |
 | `most` | a whole number | required | how many, at most. |
-| `names` | words joined by + | a+b | which. |
+| `names` | words joined by + | a+b | which, `a\|b`. |
 | `mode` | up or down | up |  |
 | `fast` | true or false | true |  |
 | `part` | a number | none |  |

@@ -62,8 +62,8 @@ def _fuse_attention(node: ir.Node, order: dict[ir.Node, int], ctx: PassContext) 
         which = [
             name for name, one in zip("qkv", found, strict=False) if not isinstance(one, Linear)
         ]
-        reason = f"{' and '.join(which)} come from no linear projection of a weight"
-        ctx.skip(reason, node, OTHER)
+        names = " and ".join(which)
+        ctx.skip(f"{names} come from no linear projection of a weight", node, OTHER)
         return
     q, k, v = linears
     if k.x is not v.x:
