@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick lint format bench optimum clean
+.PHONY: help venv demo test quick lint docs format bench optimum clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lint: $(STAMP) ## Ruff and mypy, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(STAMP) ## Write docs/passes.md from the passes themselves
+	@$(BIN)/python -m sdopt passes --markdown > docs/passes.md
 
 format: $(STAMP) ## Let ruff format and fix what it can
 	@$(BIN)/ruff format .

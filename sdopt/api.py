@@ -15,6 +15,7 @@ from sdopt.inspection import inspect
 from sdopt.packing import pack
 from sdopt.pipeline import Pipeline
 from sdopt.report import Progress, Report, part
+from sdopt.requirements import parse_requirements
 from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def optimize(
     source: str = RAW,
     stage: str = OPTIMIZED,
     seed: int = 0,
+    require: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -45,6 +47,8 @@ def optimize(
         source: the stage to start from.
         stage: the stage to write; weights that did not change are shared with ``source``.
         seed: of passes that draw.
+        require: what the passes must cover, ``attention=all,geglu=16`` (``sdopt.requirements``).
+            Where they do not, nothing is written and the report's ``met`` is false.
         force: run although the stage is there with the same digest of everything that decides it.
         dry_run: rewrite in memory and report, write nothing.
         progress: is told what is being done.
@@ -64,7 +68,8 @@ def optimize(
             why="a stage is made from another one; the raw one is what export wrote",
             hint=f"choose another name: --stage {OPTIMIZED}",
         )
-    job = Job(opened, pipeline, source, stage, seed, force, dry_run, progress)
+    wanted = parse_requirements(require) if require is not None else ()
+    job = Job(opened, pipeline, source, stage, seed, force, dry_run, progress, require=wanted)
     return job.run("optimize", components)
 
 

@@ -76,6 +76,12 @@ class PassError(SdoptError):
     exit_code = 1
 
 
+class RequirementError(SdoptError):
+    """A pass covered less than was required; names the kind, the counts and the first places."""
+
+    exit_code = 1
+
+
 class BuildError(SdoptError):
     """A target refused the graph or its compiler failed."""
 

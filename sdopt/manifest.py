@@ -18,11 +18,15 @@ RECORD_KEY = "sdopt.record"
 
 @dataclass(frozen=True)
 class Step:
-    """One pass in a stage's history: the text it was parsed from and how exact it is."""
+    """One pass in a stage's history: the text it was parsed from, how exact it is, what it means.
+
+    ``numerics`` and ``intent`` are values of the enumerations in ``sdopt.tolerance``.
+    """
 
     spec: str
     numerics: str
     changed: bool = True
+    intent: str = "same"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class StageRecord:
         """
         data = read_object(text, where)
         try:
-            history = tuple(Step(**step) for step in data.pop("history"))
+            history = tuple(Step(**_known(Step, step)) for step in data.pop("history"))
             return cls(**_known(cls, data), history=history)
         except (KeyError, TypeError, AttributeError) as error:
             raise _unreadable(where, error) from error

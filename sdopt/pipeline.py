@@ -138,6 +138,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     return PassReport(
         spec=str(one),
         numerics=one.exactness().value,
+        intent=one.intent.value,
         seconds=seconds,
         nodes_before=sum(ops_before.values()),
         nodes_after=sum(ops_after.values()),

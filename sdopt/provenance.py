@@ -31,7 +31,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def history_of(reports: Sequence[PassReport]) -> tuple[Step, ...]:
     """What a stage's record keeps of a run."""
-    return tuple(Step(r.spec, r.numerics, r.changed) for r in reports)
+    return tuple(Step(r.spec, r.numerics, r.changed, r.intent) for r in reports)
 
 
 def dominant_dtype(model: ir.Model) -> str:

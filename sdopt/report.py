@@ -34,33 +34,63 @@ class Skip:
     kind: str = ""
 
 
+def is_kind(word: str) -> bool:
+    """Whether a word names a kind of place (``group_norm``); other words only tally."""
+    return word.isidentifier()
+
+
 @dataclass(frozen=True)
 class Coverage:
     """How much of one kind a pass covered.
 
-    ``done`` are the places that have the form the pass makes, ``rewritten`` of them by this run;
-    ``left`` are those that were found and left alone.
+    ``rewritten`` are the places that this run gave the form the pass makes, ``present`` those that
+    had it before; ``left`` are those that were found and left alone.
     """
 
     kind: str
     rewritten: int
-    done: int
+    present: int
     left: tuple[Skip, ...]
+
+    @property
+    def done(self) -> int:
+        """The places that have the form the pass makes, by this run or before it."""
+        return self.rewritten + self.present
 
     @property
     def found(self) -> int:
         """Every place of the kind, done or left."""
         return self.done + len(self.left)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the counts first."""
+        counts = ("kind", "found", "done", "rewritten", "present")
+        left = [{"reason": one.reason, "where": one.where} for one in self.left]
+        return {**{name: getattr(self, name) for name in counts}, "left": left}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one requirement was met; ``why`` are lines for people, empty where it was.
+
+    ``done`` and ``found`` count over the components, for the pass that did worst.
+    """
+
+    requirement: str
+    met: bool
+    done: int
+    found: int
+    why: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class PassReport:
     """One pass over one component.
 
-    ``rewrites`` maps the kind of what was rewritten (``attention``) to how often, ``present`` the
-    kind of what had the wanted form already; ``ops_before`` and
-    ``ops_after`` count operators; ``new_bytes`` are bytes of computed weights still to be written;
-    ``seconds`` is wall time.
+    ``rewrites`` maps what was rewritten to how often: a kind in one word (``attention``), whose
+    places are found, done or left, or words that only tally (``no-op removed``). ``present`` maps
+    the kind of what had the wanted form already. ``ops_before`` and ``ops_after`` count operators;
+    ``new_bytes`` are bytes of computed weights still to be written; ``seconds`` is wall time.
     """
 
     spec: str
@@ -76,20 +106,25 @@ class PassReport:
     new_bytes: int
     changed: bool
     present: dict[str, int] = field(default_factory=dict)
+    intent: str = "same"
 
     def coverage(self) -> list[Coverage]:
-        """What was found and what became of it, kind by kind, for the kinds of skips that say."""
+        """What was found and what became of it, kind by kind."""
         kinds = dict.fromkeys([*self.rewrites, *self.present, *(s.kind for s in self.skips)])
         return [
             Coverage(
                 kind,
                 self.rewrites.get(kind, 0),
-                self.rewrites.get(kind, 0) + self.present.get(kind, 0),
+                self.present.get(kind, 0),
                 tuple(skip for skip in self.skips if skip.kind == kind),
             )
             for kind in kinds
-            if kind
+            if is_kind(kind)
         ]
+
+    def tallies(self) -> dict[str, int]:
+        """The rewrites that are of no kind."""
+        return {what: times for what, times in self.rewrites.items() if not is_kind(what)}
 
     def op_deltas(self) -> dict[str, int]:
         """Operators whose count changed, as after minus before."""
@@ -100,7 +135,10 @@ class PassReport:
 
 @dataclass
 class ComponentReport:
-    """One component through one verb; ``bytes_written`` are what the commit put on disk."""
+    """One component through one verb; ``bytes_written`` are what the commit put on disk.
+
+    ``digest`` is that of the stage on disk, empty where none was written.
+    """
 
     component: str
     stage: str
@@ -124,7 +162,17 @@ class Report:
     components: list[ComponentReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    requirements: list[Verdict] = field(default_factory=list)
+
+    @property
+    def met(self) -> bool:
+        """Whether every requirement was; without one, always."""
+        return all(verdict.met for verdict in self.requirements)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists, ready for ``json.dumps``."""
-        return dataclasses.asdict(self)
+        """Plain dicts and lists, ready for ``json.dumps``; each pass with its ``coverage``."""
+        plain = dataclasses.asdict(self)
+        for component, entry in zip(self.components, plain["components"], strict=True):
+            for one, data in zip(component.passes, entry["passes"], strict=True):
+                data["coverage"] = [each.to_json() for each in one.coverage()]
+        return {**plain, "met": self.met}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,17 @@ from sdopt.manifest import RECORD_KEY, StageRecord
 from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline, RunContext
 from sdopt.report import ComponentReport, Progress, Report, part
+from sdopt.requirements import Requirement, judge, parse_requirements
 from sdopt.runtime.scheduled import open_stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from sdopt.targets.base import Target
+
+
+Commit = Callable[[], None]
+"""Writes a stage that was made, and completes its report."""
 
 
 @dataclasses.dataclass
@@ -38,6 +43,7 @@ class Job:
     progress: Progress | None
     target: Target | None = None
     prove: bool = True
+    require: Sequence[Requirement] = ()
 
     def run(self, verb: str, components: Sequence[str] | None) -> Report:
         """Run the pipeline over the components, under the bundle's lock."""
@@ -47,20 +53,34 @@ class Job:
             self.bundle.entry(name)
         with timed(report):
             if self.dry_run:
-                report.components = self._components(names)
+                self._components(names, report)
             else:
                 with self.bundle.lock():
-                    report.components = self._components(names)
+                    self._components(names, report)
                     self.bundle.write_manifest()
         return report
 
-    def _components(self, names: Sequence[str]) -> list[ComponentReport]:
-        return [
-            self._component(name, part(self.progress, index, len(names), name))
-            for index, name in enumerate(names)
-        ]
+    def _components(self, names: Sequence[str], report: Report) -> None:
+        """Rewrite and commit each; with requirements all are judged before one is committed."""
+        commits: list[Commit] = []
+        for index, name in enumerate(names):
+            tell = part(self.progress, index, len(names), name)
+            component, commit = self._component(name, tell)
+            report.components.append(component)
+            if commit is not None and not self.require:
+                commit()
+            elif commit is not None:
+                commits.append(commit)
+        report.requirements = judge(self.require, report.components)
+        if report.met:
+            for commit in commits:
+                commit()
 
-    def _component(self, name: str, tell: Progress) -> ComponentReport:
+    def _component(self, name: str, tell: Progress) -> tuple[ComponentReport, Commit | None]:
+        """The report of the passes, and what writes the stage unless that is there or not wanted.
+
+        A requirement is judged by what the passes say, so they run although the stage is there.
+        """
         start = time.perf_counter()
         source = (
             self.bundle.stage(name, self.source)
@@ -75,8 +95,9 @@ class Job:
         report = ComponentReport(name, self.stage, str(path))
         if not self.force and not self.dry_run and (done := self._done(name, record)):
             report.up_to_date, report.digest = True, done.digest
-            report.seconds = time.perf_counter() - start
-            return report
+            if not self.require:
+                report.seconds = time.perf_counter() - start
+                return report, None
         model = source.load()
         context = RunContext(
             name, role, self.bundle.config(name), self.seed, self.stage_target(), tell
@@ -86,19 +107,25 @@ class Job:
         if self.target is not None:
             for one in companions.family(model):
                 self.target.check_legal(one)
-        if not self.dry_run:
+        report.seconds = time.perf_counter() - start
+        if self.dry_run or report.up_to_date:
+            return report, None
+
+        def commit() -> None:
+            start = time.perf_counter()
             tell("write", 0.9)
-            record = dataclasses.replace(
+            made = dataclasses.replace(
                 record,
                 dtype=provenance.dominant_dtype(model),
                 history=(*source.record.history, *provenance.history_of(report.passes)),
             )
-            committed, report.bytes_written = self.bundle.commit(model, record)
+            committed, report.bytes_written = self.bundle.commit(model, made)
             report.digest = committed.digest
             if self.target is not None and self.prove and not self.target.compiled:
                 open_stage(self.target, committed.path)
-        report.seconds = time.perf_counter() - start
-        return report
+            report.seconds += time.perf_counter() - start
+
+        return report, commit
 
     def _pipeline(self, role: Role) -> Pipeline:
         if self.target is None:
@@ -138,15 +165,18 @@ def optimize_file(
     passes: str,
     *,
     seed: int = 0,
+    require: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Run passes over one ONNX file of anyone's and write another.
 
     All passes asked for apply, whatever their role. Weights that did not change are shared when
-    both files lie in one folder, and copied by the kernel otherwise.
+    both files lie in one folder, and copied by the kernel otherwise. Where ``require``
+    (``attention=all``) is not met nothing is written, and the report's ``met`` is false.
     """
     path, out, pipeline = Path(source), Path(output), Pipeline.parse(passes)
+    wanted = parse_requirements(require) if require is not None else ()
     if out.resolve() == path.resolve():
         raise UsageError(
             "the output would overwrite its own input", where=str(out), hint="choose another -o"
@@ -163,7 +193,8 @@ def optimize_file(
         component.passes = pipeline.run(model, RunContext(path.stem, seed=seed, progress=progress))
         component.nodes = _node_count(model)
         component.seconds = sum(each.seconds for each in component.passes)
-        if not dry_run:
+        report.requirements = judge(wanted, report.components)
+        if report.met and not dry_run:
             out.parent.mkdir(parents=True, exist_ok=True)
             record = provenance.file_record(path, out, text, pipeline, component.passes, model)
             model.metadata_props[RECORD_KEY] = record.dumps()

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 
-from sdopt import registry
+from sdopt import modelfile, registry
 from sdopt.cli import main
 from tests.test_bundle import make_bundle
+from tests.test_requirements import block, norms
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -93,6 +95,8 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("no_component", ("optimize", "b", "-c", "unnet", "--passes", "clean")),
         ("no_stage", ("optimize", "b", "--from", "optimised", "--passes", "clean")),
         ("no_recipe", ("optimize", "b", "--passes", "mine.recipe")),
+        ("requirement", ("optimize", "b", "--passes", "clean", "--require", "attention=most")),
+        ("requirement_of_what", ("optimize", "b", "--passes", "clean", "--require", "geglu")),
         ("file_without_output", ("optimize", "some.onnx", "--passes", "clean")),
         ("bundle_with_output", ("optimize", "b", "-o", "x", "--passes", "clean")),
         ("unknown_target", ("build", "b", "--target", "tensort")),
@@ -127,6 +131,34 @@ def test_optimize_prints_the_bundle_so_that_verbs_pipe(sdopt: Shell, tmp_path: P
     words = ("optimize", "b", "--passes", "clean")
     check_golden("optimize", words, sdopt(*words))
     check_golden("optimize_again", words, sdopt(*words))
+
+
+def test_a_report_says_what_was_covered_and_a_requirement_decides(
+    sdopt: Shell, tmp_path: Path
+) -> None:
+    norms(tmp_path / "norms.onnx")
+    words = ("optimize", "norms.onnx", "-o", "out.onnx", "--passes")
+    passes = (*words, "clean,lower_group_norm,fuse_qkv")
+    more = (*passes, "--require", "group_norm=2")
+    check_golden("optimize_require_met", more, sdopt(*more))
+    (tmp_path / "out.onnx").unlink()
+    more = (*passes, "--require", "group_norm=all,attention=32")
+    check_golden("optimize_require", more, sdopt(*more))
+    assert not (tmp_path / "out.onnx").exists()
+    code, out, err = sdopt(*more, "--json")
+    data = json.loads(out)
+    assert (code, data["met"]) == (1, False)
+    assert [one["met"] for one in data["requirements"]] == [False, False]
+    assert err.startswith("error: group_norm=all and attention=32 are not met")
+
+
+def test_what_was_there_already_is_told_apart(sdopt: Shell, tmp_path: Path) -> None:
+    heads = block("x")
+    ShapeInferencePass()(heads)
+    modelfile.save(heads, tmp_path / "in.onnx")
+    words = ("optimize", "in.onnx", "-o", "out.onnx", "--passes")
+    words = (*words, "fuse_qkv,fuse_qkv,lower_attention")
+    check_golden("optimize_already", words, sdopt(*words))
 
 
 def test_the_current_folder_is_the_default(

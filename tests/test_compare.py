@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
+from sdopt import api, modelfile
 from sdopt.bundle import Bundle
 from sdopt.compare import Comparison, compare
 from sdopt.compare import inputs as making
@@ -17,6 +19,7 @@ from sdopt.compare.figures import figures
 from sdopt.errors import BuildError, SdoptError, UnknownNameError, UsageError
 from sdopt.manifest import Step
 from sdopt.session import Port
+from sdopt.tolerance import Change, Intent, Numerics, between
 from tests.exporters import tiny
 from tests.runtime import toy
 from tests.toolkit import model_of
@@ -197,7 +200,9 @@ def test_a_thing_and_itself(bundle: Bundle) -> None:
 
 
 EXACT, OTHER = Step("clean", "exact"), Step("fuse_qkv", "reassociated")
-CAST, LOSSY = Step("cast_fp16:keep=io", "lossy"), Step("tome=5", "lossy")
+CAST = Step("cast_fp16:keep=io", "lossy", intent="cast")
+LOSSY = Step("tome=5", "lossy")
+ADAPTER = Step("lora=a.safetensors", "reassociated", intent="other")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +215,8 @@ CAST, LOSSY = Step("cast_fp16:keep=io", "lossy"), Step("tome=5", "lossy")
         ((EXACT, OTHER), 1 + 1e-6, "same"),
         ((OTHER, LOSSY), 1.5, "unjudged"),
         ((OTHER, LOSSY), 1.0, "unjudged"),
+        ((CAST,), 1.0, "unjudged"),  # in fp32 still: what it lost cannot be seen
+        ((ADAPTER, OTHER), 1.5, "unjudged"),
         ((Step("fuse_qkv", "reassociated", changed=False),), 1 + 1e-6, "different"),
     ],
 )
@@ -250,7 +257,12 @@ def halved(model: ir.Model) -> None:
 
 @pytest.mark.parametrize(
     ("history", "verdict"),
-    [((CAST,), "same"), ((OTHER, CAST), "same"), ((LOSSY, CAST), "unjudged")],
+    [
+        ((CAST,), "same"),
+        ((OTHER, CAST), "same"),
+        ((LOSSY, CAST), "unjudged"),
+        ((ADAPTER, CAST), "unjudged"),
+    ],
 )
 def test_half_precision_is_judged_and_what_is_lossy_beside_it_not(
     bundle: Bundle, history: tuple[Step, ...], verdict: str
@@ -273,6 +285,59 @@ def test_half_precision_excuses_no_mistake(bundle: Bundle) -> None:
     assert verdicts(compare(at(bundle, "half"), at(bundle, "model"))) == {
         "vae_decoder": "different"
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtypes", "allowed", "reason"),
+    [
+        ([], [], 0.0, "exact passes only"),
+        ([("clean", "exact")], ["float32"], 0.0, "exact passes only"),
+        ([("fuse_qkv", "reassociated"), ("clean", "exact")], ["float32"], 5e-6, "another order"),
+        ([("fuse_qkv", "reassociated")], ["float32", "bfloat16"], 4e-2, "half precision"),
+        ([("cast_fp16", "lossy", "cast")], ["float16", "float32"], 5e-3, "half precision"),
+        ([("cast_fp16", "lossy", "cast")], ["float32"], None, "judge the images"),
+        ([("tome", "lossy")], ["float32"], None, "judge the images"),
+        ([("tome", "lossy"), ("cast_fp16", "lossy", "cast")], ["float16"], None, "the images"),
+        ([("lora", "reassociated", "other")], ["float32"], None, "lora changes what the model"),
+        ([("lora", "reassociated", "other")] * 2, ["float16"], None, "lora changes what the"),
+        (
+            [("lora", "reassociated", "other"), ("edit", "lossy", "other")],
+            ["float16"],
+            None,
+            "lora and edit change what the model computes",
+        ),
+    ],
+)
+def test_what_lies_between_decides_the_tolerance(
+    changes: list[tuple[str, ...]], dtypes: list[str], allowed: float | None, reason: str
+) -> None:
+    made = [Change(name, Numerics(how), *map(Intent, rest)) for name, how, *rest in changes]
+    found = between(made, dtypes)
+    assert found.relative_l2 == allowed
+    assert reason in found.reason
+
+
+def test_a_stage_with_an_adapter_is_not_judged_against_one_without(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    body = """g (float[n,8] x) => (float[n,8] y) {
+        t = Transpose<perm=[1,0]>("to_q.weight")
+        y = MatMul(x, t)
+    }"""
+    plain, merged, again = (tmp_path / f"{name}.onnx" for name in ("plain", "merged", "again"))
+    modelfile.save(
+        model_of(body, {"to_q.weight": rng.standard_normal((8, 8)).astype(np.float32)}), plain
+    )
+    adapter, key = tmp_path / "adapter.safetensors", "lora_unet_to_q.lora_{}.weight"
+    factors = {"down": rng.standard_normal((2, 8)), "up": rng.standard_normal((8, 2))}
+    save_file({key.format(word): array for word, array in factors.items()}, adapter)
+    for out in (merged, again):
+        api.optimize_file(plain, out, f"lora={adapter}")
+    found = compare(merged, plain)
+    assert verdicts(found) == {"plain": "unjudged"}
+    assert found.components[0].reason == "lora changes what the model computes"
+    assert found.components[0].outputs[0].relative_l2 > 1e-2
+    # What both went through is nothing between them: rounding is judged as ever.
+    assert verdicts(compare(merged, again)) == {"plain": "same"}
 
 
 @pytest.mark.parametrize("history", [(), (LOSSY,)])

@@ -99,6 +99,18 @@ def test_the_page_of_a_pass_has_its_headings(name: str) -> None:
         assert heading in page, f"{name} lacks {heading}"
     for field in dataclasses.fields(registry.resolve("passes", name)):
         assert f"{field.name}:" in page, f"{name} does not document {field.name}"
+    numerics = registry.resolve("passes", name).numerics.value
+    assert f"\nNumerics: {numerics}" in page, f"{name} declares {numerics}, its page does not"
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_the_page_of_a_pass_names_every_kind_that_it_counts(
+    text: str, attention_block: ir.Model
+) -> None:
+    (report,) = Pipeline.parse(text).run(attention_block, RunContext())
+    page = inspect.getdoc(type(parse(text))) or ""
+    for one in report.coverage():
+        assert f"``{one.kind}``" in page, f"{text} counts {one.kind}, its page does not say so"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -58,10 +58,10 @@ def test_every_attention_is_fused_and_nothing_is_left(digits_bundle: Path) -> No
     """The counts of SD 1.x: 16 self- and 16 cross-attentions in the UNet, one in each VAE half."""
     report = api.optimize(digits_bundle, "@fast", stage="counted", dry_run=True)
     fused = {one.component: one.passes[1] for one in report.components}
-    assert fused["unet"].rewrites == {"self-attention q, k, v": 16, "cross-attention k, v": 16}
-    assert fused["vae_decoder"].rewrites == {"self-attention q, k, v": 1}
-    assert fused["vae_encoder"].rewrites == {"self-attention q, k, v": 1}
-    assert fused["text_encoder"].rewrites == {"self-attention q, k, v": 3}
+    assert fused["unet"].rewrites == {"self_attention_qkv": 16, "cross_attention_kv": 16}
+    assert fused["vae_decoder"].rewrites == {"self_attention_qkv": 1}
+    assert fused["vae_encoder"].rewrites == {"self_attention_qkv": 1}
+    assert fused["text_encoder"].rewrites == {"self_attention_qkv": 3}
     assert all(each.skips == () for one in report.components for each in one.passes)
 
 

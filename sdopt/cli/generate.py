@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from sdopt.cli import render
+from sdopt.cli.options import BundleArgument, Target
 from sdopt.errors import UsageError
 
 
 def run(
-    bundle: Annotated[
-        Path, typer.Argument(help="The bundle; the current folder by default.")
-    ] = Path(),
+    bundle: BundleArgument = Path(),
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")
     ] = None,
@@ -37,7 +36,7 @@ def run(
     stage: Annotated[
         str | None, typer.Option(help="The stage; the built or optimized one if any.")
     ] = None,
-    target: Annotated[str, typer.Option("--target", "-t", help="What runs it.")] = "ort",
+    target: Target = "ort",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the PNGs.")] = Path(
         "images"
     ),

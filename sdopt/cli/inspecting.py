@@ -9,14 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from sdopt.cli import render
-
-Json = Annotated[bool, typer.Option("--json", help="Print plain data as JSON on stdout.")]
+from sdopt.cli.options import Components, Json, ModelArgument
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="A bundle or one FILE.onnx; the current folder by default.")
-    ] = Path(),
+    path: ModelArgument = Path(),
     component: Annotated[
         str | None, typer.Option("--component", "-c", help="Only this component.")
     ] = None,
@@ -65,9 +62,7 @@ def compare(
         str, typer.Argument(help="A bundle (BUNDLE@STAGE), FILE.onnx or diffusers folder.")
     ],
     b: Annotated[str, typer.Argument(help="What to compare it with.")],
-    component: Annotated[
-        list[str] | None, typer.Option("--component", "-c", help="Only this component.")
-    ] = None,
+    component: Components = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -87,14 +82,20 @@ def compare(
 
 def passes(
     name: Annotated[str | None, typer.Argument(help="Show this pass's page.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As Markdown; every built-in pass without a name.")
+    ] = False,
 ) -> None:
     """List the passes, or show what one does, when it applies, and its options."""
-    from sdopt import registry
+    from sdopt import pages, registry
     from sdopt.passes.presets import PRESETS
 
     if name:
-        cls = registry.resolve("passes", name)
-        render.result(f"{name}\n\n{pyinspect.getdoc(cls)}")
+        page = pages.page(registry.resolve("passes", name))
+        render.result(page.markdown() if markdown else page.text())
+        return
+    if markdown:
+        render.result(pages.document().rstrip("\n"))
         return
     for word in registry.table("passes"):
         cls = registry.resolve("passes", word)

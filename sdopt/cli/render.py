@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdopt.errors import InterruptedByUserError
 
 if TYPE_CHECKING:
-    from sdopt.report import ComponentReport, PassReport, Progress, Report
+    from sdopt.report import ComponentReport, Coverage, PassReport, Progress, Report
 
 _SKIPS_SHOWN = 4
 
@@ -85,15 +85,22 @@ def report(one: Report, as_json: bool) -> None:
     for component in one.components:
         _component(component)
     say(f"{one.verb}: {len(one.components)} component(s) in {one.seconds:.1f} s")
-    result(one.bundle)
+    for verdict in one.requirements:
+        answer = "met" if verdict.met else "NOT met"
+        counts = f"{verdict.done} of {verdict.found}" if verdict.found else "none was found"
+        say(f"{verdict.requirement}: {answer} ({counts})")
+    if one.met:
+        result(one.bundle)
 
 
 def _component(one: ComponentReport) -> None:
     if one.up_to_date:
         say(f"{one.component}: stage {one.stage} is up to date ({one.digest})")
-        return
-    written = f", {size(one.bytes_written)} of weights written" if one.bytes_written else ""
-    say(f"{one.component}: stage {one.stage}, {one.nodes} nodes{written}, {one.seconds:.1f} s")
+    else:
+        written = "" if one.digest else ", not written"
+        if one.bytes_written:
+            written = f", {size(one.bytes_written)} of weights written"
+        say(f"{one.component}: stage {one.stage}, {one.nodes} nodes{written}, {one.seconds:.1f} s")
     for note in one.notes:
         say(f"  note: {note}")
     for each in one.passes:
@@ -101,18 +108,26 @@ def _component(one: ComponentReport) -> None:
 
 
 def _pass(one: PassReport) -> None:
-    what = (
-        ", ".join(f"{count} x {name}" for name, count in one.rewrites.items()) or "nothing to do"
-    )
+    """A line of what was done, by kind and then what only tallies, and why the rest was not."""
+    kinds = [f"{each.kind} {_figure(each)}" for each in one.coverage()]
+    kinds += [f"{count} x {what}" for what, count in one.tallies().items()]
+    what = "; ".join(kinds) or "nothing to do"
     nodes = f"{one.nodes_before} -> {one.nodes_after} nodes"
     say(f"  {one.spec}: {what} ({nodes}, {one.seconds:.2f} s)")
     for note in one.notes:
         say(f"    note: {note}")
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for skip in one.skips:
-        reasons.setdefault(skip.reason, []).append(skip.where)
-    for reason, places in list(reasons.items())[:_SKIPS_SHOWN]:
+        reasons.setdefault((skip.kind, skip.reason), []).append(skip.where)
+    for (kind, reason), places in list(reasons.items())[:_SKIPS_SHOWN]:
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        say(f"    left {len(places)}: {reason} (at {places[0]}{more})")
+        label = f"{kind} left" if kind else "left"
+        say(f"    {label} {len(places)}: {reason} (at {places[0]}{more})")
     if len(reasons) > _SKIPS_SHOWN:
         say(f"    left for {len(reasons) - _SKIPS_SHOWN} other reasons: see --json")
+
+
+def _figure(one: Coverage) -> str:
+    """``32/32``, and how many of them were there before."""
+    already = f" ({one.present} already)" if one.present else ""
+    return f"{one.done}/{one.found}{already}"

@@ -8,17 +8,16 @@ from typing import Annotated
 import typer
 
 from sdopt.cli import render
+from sdopt.cli.options import (
+    BundleArgument,
+    Components,
+    DryRun,
+    Force,
+    Json,
+    ModelArgument,
+    Target,
+)
 from sdopt.errors import UsageError
-
-Components = Annotated[
-    list[str] | None, typer.Option("--component", "-c", help="Only this component; repeatable.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
-BundleArgument = Annotated[Path, typer.Argument(help="The bundle; the current folder by default.")]
-Force = Annotated[bool, typer.Option("--force", help="Run although the stage is up to date.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Report what would be done; write nothing.")
-]
 
 
 def export(
@@ -45,9 +44,7 @@ def export(
 
 
 def optimize(
-    bundle: Annotated[
-        Path, typer.Argument(help="A bundle or one FILE.onnx; the current folder by default.")
-    ] = Path(),
+    bundle: ModelArgument = Path(),
     passes: Annotated[
         str, typer.Option("--passes", "-p", help="e.g. fuse_qkv,tome=5,@fast, or FILE.recipe")
     ] = "@fast",
@@ -58,12 +55,17 @@ def optimize(
     source: Annotated[str, typer.Option("--from", help="The stage to start from.")] = "model",
     stage: Annotated[str, typer.Option(help="The stage to write.")] = "optimized",
     seed: Annotated[int, typer.Option(help="Of passes that draw.")] = 0,
+    require: Annotated[
+        str | None,
+        typer.Option(help="attention=all,geglu=16: write nothing and exit 1 if not met."),
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Rewrite the graphs with passes; the result is a stage beside the one it came from."""
     from sdopt import api
+    from sdopt.requirements import enforce
 
     single = bundle.suffix == ".onnx"
     if single and output is None:
@@ -75,7 +77,13 @@ def optimize(
     with render.progress("optimize") as tell:
         if single and output is not None:
             report = api.optimize_file(
-                bundle, output, passes, seed=seed, dry_run=dry_run, progress=tell
+                bundle,
+                output,
+                passes,
+                seed=seed,
+                require=require,
+                dry_run=dry_run,
+                progress=tell,
             )
         else:
             report = api.optimize(
@@ -85,16 +93,18 @@ def optimize(
                 source=source,
                 stage=stage,
                 seed=seed,
+                require=require,
                 force=force,
                 dry_run=dry_run,
                 progress=tell,
             )
     render.report(report, as_json)
+    enforce(report)
 
 
 def build(
     bundle: BundleArgument = Path(),
-    target: Annotated[str, typer.Option("--target", "-t", help="e.g. ort, ort:threads=2")] = "ort",
+    target: Target = "ort",
     provider: Annotated[
         str | None, typer.Option(help="Short for ort:provider=...: cpu or cuda.")
     ] = None,

@@ -15,8 +15,8 @@ from sdopt.compare.sides import Opened, Side, side
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.manifest import Step
 from sdopt.report import Progress, part
-from sdopt.spec import suggest
-from sdopt.tolerance import HALF, Numerics, Tolerance, between
+from sdopt.spec import parse, suggest
+from sdopt.tolerance import Change, Intent, Numerics, Tolerance, between
 
 Verdict = Literal["same", "different", "unjudged"]
 
@@ -219,19 +219,14 @@ def _between(a: Opened, b: Opened) -> tuple[Step, ...]:
 
 
 def _tolerance(a: Opened, b: Opened, steps: Sequence[Step], dtypes: frozenset[str]) -> Tolerance:
-    half = dtypes & HALF.keys()
-    # What a cast loses is what the dtypes say; any other lossy pass leaves nothing to judge by.
-    lossy = [
-        step
+    changes = [
+        Change(parse(step.spec)[0].name, Numerics(step.numerics), Intent(step.intent))
         for step in steps
-        if step.numerics == Numerics.LOSSY.value and not (half and step.spec.startswith("cast_"))
     ]
-    if lossy:
-        return between([Numerics.LOSSY], [])
-    numerics = {Numerics(step.numerics) for step in steps} - {Numerics.LOSSY}
     if a.origin is None or a.origin != b.origin:
-        numerics.add(Numerics.REASSOCIATED)  # two exporters, or PyTorch's own kernels
-    return between(numerics, dtypes)
+        # Two exporters, or PyTorch's own kernels.
+        changes.append(Change("another origin", Numerics.REASSOCIATED))
+    return between(changes, dtypes)
 
 
 def _verdict(outputs: Sequence[Figures], tolerance: Tolerance) -> Verdict:

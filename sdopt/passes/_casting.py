@@ -10,7 +10,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import graph
 from sdopt.passes import _precision
-from sdopt.passes.base import Interface, Numerics, Pass, PassContext
+from sdopt.passes.base import Intent, Interface, Numerics, Pass, PassContext
 
 _WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -20,6 +20,7 @@ class HalfCast(Pass):
     """A cast of weights and arithmetic from float32 to ``half``."""
 
     numerics: ClassVar[Numerics] = Numerics.LOSSY
+    intent: ClassVar[Intent] = Intent.CAST
     after: ClassVar[tuple[str, ...]] = (
         "lora",
         "clean",
@@ -49,12 +50,12 @@ class HalfCast(Pass):
         types = _precision.Types(graph.opset(model), self.half)
         nodes = list(graph.nodes(model))
         stays = self._staying(model, nodes, types, ctx)
-        saturated, beyond = self._out_of_range(model, ctx)
-        stays |= beyond
+        saturated = self._out_of_range(model, stays, ctx)
         floats = {
             v for node in nodes for v in node.inputs if v is not None and _precision.is_float(v)
         }
         floats |= {v for node in nodes for v in node.outputs if _precision.is_float(v)}
+        ctx.count("node", sum(1 for node in nodes if node not in stays and _computes(node)))
         caster = _precision.Caster(self.half, types, stays.__contains__, saturated, ctx.unique)
         if self.changes_interface():
             self._retype_inputs(model, stays)
@@ -93,26 +94,31 @@ class HalfCast(Pass):
             if node.graph is not model.graph or any(
                 a.type == ir.AttributeType.GRAPH for a in node.attributes.values()
             ):
+                if node.graph is model.graph and node not in stays and _computes(node):
+                    ctx.skip(f"{node.op_type} stays in fp32, with all inside", node, "node")
                 stays.add(node)
-            elif known is None and any(map(_precision.is_float, [*node.inputs, *node.outputs])):
-                ctx.skip(f"{node.op_type} has no known {word} form and stays in fp32", node)
+            elif known is None and _computes(node):
+                if node not in stays:
+                    reason = f"{node.op_type} has no known {word} form and stays in fp32"
+                    ctx.skip(reason, node, "node")
                 stays.add(node)
             elif known is not None and not known[1]:
                 if node not in stays and any(map(_precision.is_float, node.outputs)):
                     opset = graph.opset(model)
-                    ctx.skip(f"{node.op_type} has no {word} form in opset {opset}", node)
+                    reason = f"{node.op_type} has no {word} form in opset {opset}"
+                    ctx.skip(reason, node, "node")
                 stays.add(node)
         return stays
 
     def _out_of_range(
-        self, model: ir.Model, ctx: PassContext
-    ) -> tuple[frozenset[ir.Value], set[ir.Node]]:
-        """The constants whose overflow is clipped, and the nodes whose weights would overflow.
+        self, model: ir.Model, stays: set[ir.Node], ctx: PassContext
+    ) -> frozenset[ir.Value]:
+        """The constants whose overflow is clipped; nodes whose weights would overflow join stays.
 
         Where ``half`` has the range of float32 only masks are read: the lowest float32 is the
         one number in use that still rounds to ``-inf`` there.
         """
-        saturated, stays = set(), set()
+        saturated = set()
         for value in [v for one in model.graphs() for v in one.initializers.values()]:
             if value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
                 continue
@@ -124,10 +130,11 @@ class HalfCast(Pass):
                 saturated.add(value)
                 ctx.count("mask made finite")
             elif beyond and self.narrow:
-                for user in value.consumers():
-                    ctx.skip(f"{value.name} holds values beyond 65504: kept in fp32", user)
+                for user in [user for user in value.consumers() if user not in stays]:
+                    reason = f"{value.name} holds values beyond 65504: kept in fp32"
+                    ctx.skip(reason, user, "node")
                     stays.add(user)
-        return frozenset(saturated), stays
+        return frozenset(saturated)
 
     def _retype_inputs(self, model: ir.Model, stays: set[ir.Node]) -> None:
         """Inputs become half, except one that only float32 nodes read (the timestep)."""
@@ -144,3 +151,8 @@ class HalfCast(Pass):
         for index, value in enumerate(model.graph.outputs):
             if value in floats and value.dtype != wanted:
                 graph.append_output_cast(model.graph, index, wanted, caster.unique)
+
+
+def _computes(node: ir.Node) -> bool:
+    """Whether floats go in or come out."""
+    return any(map(_precision.is_float, [*node.inputs, *node.outputs]))

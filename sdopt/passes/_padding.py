@@ -9,11 +9,12 @@ from sdopt.passes import _sizes
 from sdopt.passes.base import PassContext
 
 
-def pad(model: ir.Model, levels: int, ctx: PassContext) -> None:
+def pad(model: ir.Model, levels: int, ctx: PassContext) -> str | None:
     """Repeat the latent's last row and column up to the next multiple of ``2**levels``.
 
-    ``levels`` is how often the UNet halves and doubles its sides. Left alone: a graph with several
-    images in or out (a ControlNet's residuals have sizes of their own), one padded already.
+    ``levels`` is how often the UNet halves and doubles its sides. Left alone, with the reason
+    returned: a graph with several images in or out (a ControlNet's residuals have sizes of their
+    own), one padded already.
     """
     latent, *others = _sizes.latents(model)
     readers = list(latent.uses())
@@ -28,8 +29,7 @@ def pad(model: ir.Model, levels: int, ctx: PassContext) -> None:
     elif any(user.op_type == "Pad" for user, _ in readers):
         reason = "the latent is padded already"
     if reason:
-        ctx.skip(reason, latent.name or "the latent")
-        return
+        return reason
     users = {user for user, _ in readers}
     emit = ctx.emitter(next(node for node in model.graph if node in users), "pad_align")
     sides = _sizes.part(emit, emit("Shape", latent), 2, 4)
@@ -42,6 +42,7 @@ def pad(model: ir.Model, levels: int, ctx: PassContext) -> None:
         user.replace_input_with(index, padded)
     ctx.count("padded input")
     _crop(model, images[0], [emit.const([0, 0]), sides, emit.const([2, 3])], ctx)
+    return None
 
 
 def _crop(model: ir.Model, index: int, slicing: list[ir.Value], ctx: PassContext) -> None:

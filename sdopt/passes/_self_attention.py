@@ -18,8 +18,19 @@ _SCALED = frozenset({"Mul", "Div"})
 _STRIDED = frozenset({"Conv", "AveragePool", "MaxPool"})
 
 
+KIND = "self_attention"
+"""What a site counts as in a report."""
+
+
 class NotASiteError(SdoptError):
-    """An attention that is no self-attention over an image's tokens; ``message`` says why."""
+    """An attention that is no self-attention over an image's tokens; ``message`` says why.
+
+    ``kind`` is KIND where it might be one but for that, empty where it is something else.
+    """
+
+    def __init__(self, message: str, kind: str = KIND) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -50,17 +61,20 @@ class Site:
     level: int
 
 
-def find(model: ir.Model) -> tuple[list[Site], list[tuple[str, ir.Node]]]:
-    """Self-attention sites in graph order, and the other attentions with why they are none."""
+def find(model: ir.Model) -> tuple[list[Site], list[tuple[str, ir.Node, str]]]:
+    """Self-attention sites in graph order, and the other attentions: why they are none, and KIND.
+
+    A cross-attention is of no kind: it is none of those that could be merged.
+    """
     levels = levels_of(model.graph)
     sites: list[Site] = []
-    refused: list[tuple[str, ir.Node]] = []
+    refused: list[tuple[str, ir.Node, str]] = []
     for node in model.graph:
         if node.op_type == "Attention" and node.domain in ("", "ai.onnx"):
             try:
                 sites.append(_site(node, levels))
             except NotASiteError as error:
-                refused.append((error.message, node))
+                refused.append((error.message, node, error.kind))
     return sites, refused
 
 
@@ -72,7 +86,7 @@ def _site(node: ir.Node, levels: dict[ir.Value, int]) -> Site:
     linears = [_projection(value, inner, reshapes) for value in node.inputs[:3]]
     q, k, v = (linear.x for linear in linears)
     if k is not v or q is not k:
-        raise NotASiteError("its keys or values come from another input than its queries")
+        raise NotASiteError("its keys or values come from another input than its queries", "")
     norm = graph.producer(_origin(q), "LayerNormalization")
     if norm is None or norm.inputs[0] is None:
         raise NotASiteError("no LayerNormalization precedes its projections")

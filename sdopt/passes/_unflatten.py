@@ -35,11 +35,13 @@ def restore(model: ir.Model, sizes: _sizes.Sizes, ctx: PassContext) -> list[ir.V
         baked = _baked(node, sizes)
         if node.op_type != "Reshape" or node.domain:
             if baked:
-                ctx.skip(f"{node.op_type} with a size that holds only where it was traced", node)
+                reason = f"{node.op_type} with a size that holds only where it was traced"
+                ctx.skip(reason, node, "baked_size")
         elif baked:
             plan = _plan(node, baked, sizes)
             if plan is None:
-                ctx.skip("Reshape with a frozen size, and no live tensor to take it from", node)
+                reason = "Reshape with a frozen size, and no live tensor to take it from"
+                ctx.skip(reason, node, "baked_size")
             else:
                 plans.append((node, plan))
     written: dict[tuple[object, ...], ir.Value] = {}
@@ -52,7 +54,7 @@ def restore(model: ir.Model, sizes: _sizes.Sizes, ctx: PassContext) -> list[ir.V
             written[key] = _write(node, plan, sizes, ctx)
         node.replace_input_with(1, written[key])
         graph.remove_dead([maker for maker in [old.producer()] if maker is not None])
-        ctx.count("baked reshape")
+        ctx.count("baked_size")
     return [node.outputs[0] for node, _ in plans]
 
 

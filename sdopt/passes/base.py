@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from sdopt import companions, graph, spec
-from sdopt.report import Skip
-from sdopt.tolerance import Numerics
+from sdopt.report import Skip, is_kind
+from sdopt.tolerance import Intent, Numerics
 
-__all__ = ["ANY", "Interface", "Numerics", "Pass", "PassContext", "Reach", "Role"]
+__all__ = ["ANY", "Intent", "Interface", "Numerics", "Pass", "PassContext", "Reach", "Role"]
 
 
 class Role(enum.Enum):
@@ -101,15 +101,28 @@ class PassContext:
         return graph.Emitter(anchor, self.unique, label)
 
     def count(self, what: str, times: int = 1) -> None:
-        """Record ``times`` rewrites of the kind ``what``."""
+        """Record ``times`` rewrites of the kind ``what`` (``group_norm``).
+
+        Several words (``no-op removed``) are no kind: they tally what has no places to be left.
+        """
         self.rewrites[what] = self.rewrites.get(what, 0) + times
 
     def already(self, what: str, times: int = 1) -> None:
-        """Record ``times`` places of the kind ``what`` that have the wanted form without us."""
-        self.present[what] = self.present.get(what, 0) + times
+        """Record ``times`` places of the kind ``what`` that have the wanted form without us.
+
+        Raises:
+            ValueError: ``what`` is no kind, which is one word.
+        """
+        self.present[_kind(what)] = self.present.get(what, 0) + times
 
     def skip(self, reason: str, where: ir.Node | str, kind: str = "") -> None:
-        """Record a place of the kind ``kind`` that was left alone, and why."""
+        """Record a place that was left alone, and why; it counts as found where it is of a kind.
+
+        Raises:
+            ValueError: ``kind`` is not one word.
+        """
+        if kind:
+            _kind(kind)
         place = where if isinstance(where, str) else graph.module_path(where)
         self.skips.append(Skip(reason, place, kind))
 
@@ -128,6 +141,8 @@ class Pass(abc.ABC):
     """
 
     numerics: ClassVar[Numerics]
+    intent: ClassVar[Intent] = Intent.SAME
+    """Whether the result means to compute the same function."""
     roles: ClassVar[frozenset[Role]] = ANY
     after: ClassVar[tuple[str, ...]] = ()
     """Names of passes that must not come later than this one in the same pipeline."""
@@ -163,6 +178,12 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         return str(spec.unbind(self, self.name()))
+
+
+def _kind(word: str) -> str:
+    if not is_kind(word):
+        raise ValueError(f"a kind is one word with underscores, not {word!r}")
+    return word
 
 
 def _all_names(model: ir.Model) -> set[str]:

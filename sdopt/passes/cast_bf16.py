@@ -30,6 +30,12 @@ class CastBf16(HalfCast):
         keep: what stays in float32, joined by ``+``: ``io`` (the graph's inputs and outputs), an
             operator (``GroupNormalization``), or a module path, ``*`` for one level
             (``up_blocks.3+mid_block.attentions.*``).
+
+    Counts: ``node``, those that compute in bfloat16; left are those that have no such form.
+    What ``keep`` names, and the phase of the timestep, are not counted.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,fuse_qkv,cast_bf16:keep=io+mid_block
     """
 
     half: ClassVar[ir.DataType] = ir.DataType.BFLOAT16

@@ -12,6 +12,10 @@ from sdopt import graph, weights
 from sdopt.passes._linear import Linear, behind
 from sdopt.passes.base import Numerics, Pass, PassContext
 
+SELF, CROSS = "self_attention_qkv", "cross_attention_kv"
+OTHER = "other_projections"
+"""Of an attention whose projections cannot be followed, so that nobody knows which it is."""
+
 
 @dataclass(frozen=True)
 class FuseQkv(Pass):
@@ -28,6 +32,12 @@ class FuseQkv(Pass):
     Numerics: reassociated (a wider MatMul may sum in another order).
 
     Options: none.
+
+    Counts: ``self_attention_qkv`` and ``cross_attention_kv``, one per attention;
+    ``other_projections`` where q, k and v cannot be followed to their projections.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,fuse_qkv --require self_attention_qkv=all
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
@@ -43,28 +53,41 @@ class FuseQkv(Pass):
 
 def _fuse_attention(node: ir.Node, order: dict[ir.Node, int], ctx: PassContext) -> None:
     found = [behind(value) for value in node.inputs[:3]]
-    if any(graph.producer(one, "Split") for one in found if isinstance(one, ir.Value)):
-        return  # the projections are one already
+    fused = [_fused(one) for one in found]
+    if fused[1] is not None and fused[1] is fused[2]:
+        ctx.already(SELF if fused[0] is fused[1] else CROSS)
+        return
     linears = [one for one in found if isinstance(one, Linear)]
     if len(linears) < 3:
         which = [
             name for name, one in zip("qkv", found, strict=False) if not isinstance(one, Linear)
         ]
-        ctx.skip(f"{' and '.join(which)} come from no linear projection of a weight", node)
+        names = " and ".join(which)
+        ctx.skip(f"{names} come from no linear projection of a weight", node, OTHER)
         return
     q, k, v = linears
     if k.x is not v.x:
-        ctx.skip(f"{k.label} reads another input than {v.label}", node)
-    elif q.x is k.x and (reason := _mismatch(linears)) is None:
+        ctx.skip(f"{k.label} reads another input than {v.label}", node, OTHER)
+        return
+    kind = SELF if q.x is k.x else CROSS
+    if kind == SELF and (reason := _mismatch(linears)) is None:
         _fuse(linears, "qkv", order, ctx)
-        ctx.count("self-attention q, k, v")
+        ctx.count(SELF)
     elif (reason := _mismatch([k, v])) is None:
-        if q.x is k.x:
-            ctx.skip(f"only k and v fused: {_mismatch(linears)}", node)
+        if kind == CROSS:
+            ctx.count(CROSS)
+        else:
+            ctx.count("k, v of a self-attention")
+            ctx.skip(f"only k and v fused: {_mismatch(linears)}", node, SELF)
         _fuse([k, v], "kv", order, ctx)
-        ctx.count("cross-attention k, v")
     else:
-        ctx.skip(reason, node)
+        ctx.skip(reason, node, kind)
+
+
+def _fused(one: Linear | ir.Value | None) -> ir.Node | None:
+    """The Split that hands out a projection shared by several operands, or None."""
+    split = graph.producer(one, "Split") if isinstance(one, ir.Value) else None
+    return split if split is not None and isinstance(behind(split.inputs[0]), Linear) else None
 
 
 def _mismatch(linears: Sequence[Linear]) -> str | None:

@@ -35,6 +35,9 @@ class Graphsurgeon(Pass):
 
     Options:
         function: ``module.function``; the module must be importable (PYTHONPATH=FOLDER helps).
+
+    Example:
+        PYTHONPATH=. sdopt optimize BUNDLE --passes clean,graphsurgeon=my_edits.drop_dropouts
     """
 
     function: str

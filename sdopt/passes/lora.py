@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from sdopt.errors import UsageError, WeightsError
 from sdopt.passes import _lora_file, _lora_match, _lora_merge
-from sdopt.passes.base import Numerics, Pass, PassContext, Reach, Role
+from sdopt.passes.base import Intent, Numerics, Pass, PassContext, Reach, Role
 
 MERGED_KEY = "sdopt.lora"
 """Metadata key of a model: JSON, digest of each adapter file merged into it to its scale."""
@@ -32,15 +32,21 @@ class Lora(Pass):
     Keys of other components are left to these; a key that matches nothing is an error with the
     nearest names. A file that is in the model already is not merged again.
 
-    Numerics: reassociated, beside the same model merged in PyTorch; without the adapter it is
-    another model.
+    Numerics: reassociated, beside the same model merged in PyTorch. Beside a stage without the
+    adapter it is another model, and ``sdopt compare`` calls that pair unjudged.
 
     Options:
         file: the safetensors file.
         scale: the strength; 1 is what the adapter was trained with.
+
+    Counts: ``adapted_weight``, each weight that an update was merged into.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,lora=style.safetensors:scale=0.8,fuse_qkv
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
+    intent: ClassVar[Intent] = Intent.OTHER
     roles: ClassVar[frozenset[Role]] = frozenset({Role.DENOISER, Role.TEXT_ENCODER, Role.MODEL})
     reach: ClassVar[Reach] = Reach.WHOLE
 
@@ -83,7 +89,7 @@ class Lora(Pass):
                 # A graph made in memory may not state the types of its initializers.
                 value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
         model.metadata_props[MERGED_KEY] = json.dumps({**merged, digest: self.scale})
-        ctx.count("adapter merged", len(updates))
+        ctx.count("adapted_weight", len(updates))
 
     def _path(self) -> Path:
         return Path(self.file).expanduser()  # no shell expands ~ behind lora=

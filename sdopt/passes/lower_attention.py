@@ -29,6 +29,11 @@ class LowerAttention(Pass):
     Numerics: reassociated.
 
     Options: none.
+
+    Counts: ``attention``.
+
+    Example:
+        sdopt optimize BUNDLE --passes @fast,lower_attention
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED

@@ -19,8 +19,6 @@ _REPEAT = {
 }
 """How torch's nearest interpolation picks pixels, for a doubling as for any other size."""
 
-_FIXED = "height and width are fixed in this graph, so its tensors always meet"
-
 
 @dataclass(frozen=True)
 class PadAlign(Pass):
@@ -38,13 +36,19 @@ class PadAlign(Pass):
         Reshape(x, [B, frozen, frozen, C])            ->  ... H and W of what was flattened
 
     Applies when: a nearest doubling meets a skip in a Concat over channels. Left alone: other
-    interpolation, upsamplers without a skip (a VAE's), fixed sizes, arithmetic that is exact.
+    interpolation, upsamplers without a skip (a VAE's), arithmetic that is exact, and everything
+    where height and width are fixed.
 
     Numerics: exact; ``mode=pad`` is another function and lossy.
 
     Options:
         mode: ``resize`` to the skip's size; ``crop`` by 2 and slice to it, the same result, for
             compilers that want constant scales; ``pad`` the latent, crop the output.
+
+    Counts: ``upsampler``, and ``baked_size``, a Reshape whose sizes hold only where it was traced.
+
+    Example:
+        sdopt optimize unet.onnx -o aligned.onnx --passes clean,pad_align
     """
 
     mode: Literal["resize", "crop", "pad"] = "resize"
@@ -60,20 +64,34 @@ class PadAlign(Pass):
         """Align the upsamplers first; a graph without any is no UNet and stays as it is."""
         upsamplers = _upsamplers.find(model)
         sizes, free = _sizes.of_inputs(model), bool(_sizes.latents(model))
+        faults = [_upsamplers.fault(upsampler, sizes, model) for upsampler in upsamplers]
         wrong = []
-        for upsampler in upsamplers:
-            fault = _upsamplers.fault(upsampler, sizes, model)
-            if fault is True and free:
+        for upsampler, fault in zip(upsamplers, faults, strict=True):
+            if isinstance(fault, str):
+                ctx.skip(fault, upsampler.node, "upsampler")
+            elif fault and free:
                 wrong.append(upsampler)
-            elif fault:
-                ctx.skip(_FIXED if fault is True else fault, upsampler.node)
+            else:
+                ctx.already("upsampler")
+        if True in faults and not free:
+            ctx.note("height and width are fixed in this graph, so its tensors always meet")
         if self.mode == "pad":
             if wrong:
-                _padding.pad(model, len(wrong), ctx)
+                _pad(model, wrong, ctx)
         elif upsamplers and free:
             stale = _align(wrong, self.mode, ctx)
             stale += _unflatten.restore(model, sizes, ctx)
             _forget_sizes(model, stale)
+
+
+def _pad(model: ir.Model, upsamplers: list[_upsamplers.Upsampler], ctx: PassContext) -> None:
+    """Give the upsamplers a latent that they double exactly."""
+    reason = _padding.pad(model, len(upsamplers), ctx)
+    for upsampler in upsamplers:
+        if reason is None:
+            ctx.count("upsampler")
+        else:
+            ctx.skip(reason, upsampler.node, "upsampler")
 
 
 def _align(upsamplers: list[_upsamplers.Upsampler], mode: str, ctx: PassContext) -> list[ir.Value]:
@@ -83,7 +101,8 @@ def _align(upsamplers: list[_upsamplers.Upsampler], mode: str, ctx: PassContext)
         node, skip = upsampler.node, upsampler.skip
         if opset < (11 if mode == "resize" else 10):
             hint = "pad_align=crop" if opset == 10 else "a newer opset"
-            ctx.skip(f"opset {opset} has no Resize to a computed size: use {hint}", node)
+            reason = f"opset {opset} has no Resize to a computed size: use {hint}"
+            ctx.skip(reason, node, "upsampler")
             continue
         emit = ctx.emitter(node, "pad_align")
         source, result = node.inputs[0], node.outputs[0]

@@ -16,8 +16,7 @@ from sdopt.errors import MissingDependencyError, SdoptError
 from sdopt.passes import _external
 from sdopt.passes.base import Numerics, Pass, PassContext
 
-LARGEST_FOLD = "1MB"
-"""Nothing larger than this is computed in advance (the package's own limit is 1.5 GB)."""
+LARGEST_FOLD = "1MB"  # nothing larger is computed in advance; the package's own limit is 1.5 GB
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,9 @@ class Simplify(Pass):
     Numerics: reassociated (it fuses and reorders; it computes constants with another runtime).
 
     Options: none.
+
+    Example:
+        sdopt optimize model.onnx -o simple.onnx --passes simplify
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED

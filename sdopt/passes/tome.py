@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sdopt import graph
 from sdopt.passes import _token_merging as merging
-from sdopt.passes._self_attention import Site, find, token_free_shape
+from sdopt.passes._self_attention import KIND, Site, find, token_free_shape
 from sdopt.passes.base import Numerics, Pass, PassContext, Role
 
 MAX_RATIO = 0.75
@@ -31,12 +31,17 @@ class Tome(Pass):
     (``merge_attn`` of the package tomesd, whose dataflow this is). How much it saves
     grows with the size: reports beside a fused attention say from 768 px up (diffusers#2940).
 
-    Numerics: lossy.
+    Numerics: lossy: merged tokens share one answer, and only images can tell what that costs.
 
     Options:
         blocks: how many self-attentions to merge (``tome=5`` is all of SD1.x and SD2.x).
         ratio: the share of the tokens that is merged away, up to 0.75.
         seed: draws the destinations; by default the run's seed.
+
+    Counts: ``self_attention``; those of lower resolutions and after the first ``blocks`` are left.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,fuse_qkv,tome=5:ratio=0.4
     """
 
     blocks: int
@@ -57,8 +62,8 @@ class Tome(Pass):
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Merge around the chosen self-attentions; the rest is reported with its reason."""
         sites, refused = find(model)
-        for reason, node in refused:
-            ctx.skip(reason, node)
+        for reason, node, kind in refused:
+            ctx.skip(reason, node, kind)
         if self.ratio == 0:
             ctx.note("ratio=0 merges no tokens: the graph is unchanged")
             return
@@ -68,9 +73,9 @@ class Tome(Pass):
         for site in sites:
             if site.level > top:
                 part = 2 ** (site.level - top)
-                ctx.skip(f"its resolution is 1/{part} of the highest", site.attention)
+                ctx.skip(f"its resolution is 1/{part} of the highest", site.attention, KIND)
             elif site not in chosen:
-                ctx.skip(f"it comes after the first {self.blocks}", site.attention)
+                ctx.skip(f"it comes after the first {self.blocks}", site.attention, KIND)
         if len(highest) < self.blocks:
             ctx.note(
                 f"asked for {self.blocks} self-attentions, merged {len(highest)}: "
@@ -85,7 +90,7 @@ class Tome(Pass):
         part = merging.partition(emit, chosen[0].image, self.ratio, seed)
         for site, anchor in zip(chosen, anchors, strict=True):
             _merge_around(site, anchor, part, ctx)
-            ctx.count("merged self-attention")
+            ctx.count(KIND)
 
 
 def _merge_around(site: Site, anchor: ir.Node, part: merging.Partition, ctx: PassContext) -> None:

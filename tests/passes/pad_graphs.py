@@ -133,4 +133,4 @@ def left_alone(model: ir.Model, mode: str = "resize") -> list[str]:
     ctx = align(model, mode)
     assert fingerprint(model) == before
     assert ctx.rewrites == {}
-    return [skip.reason for skip in ctx.skips]
+    return [*(skip.reason for skip in ctx.skips), *ctx.notes]

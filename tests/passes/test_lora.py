@@ -79,7 +79,7 @@ def test_kohya_keys_with_and_without_alpha(
 ) -> None:
     model = graph_of(base_weights())
     ctx = apply(Lora(kohya_file(tmp_path / "a.safetensors", alpha), 0.8), model)
-    assert ctx.rewrites == {"adapter merged": 7}
+    assert ctx.rewrites == {"adapted_weight": 7}
     check(model, factor)
 
 

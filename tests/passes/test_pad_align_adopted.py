@@ -77,7 +77,7 @@ def test_what_is_rewritten_is_counted_and_nothing_is_left(variant: str) -> None:
     interface = [str(v.type) + str(v.name) for v in (*model.graph.inputs, *model.graph.outputs)]
     ctx = PassContext(model)
     PadAlign().apply(model, ctx)
-    expected = {"upsampler": 3, "baked reshape": RESHAPES.get(variant, 12)}
+    expected = {"upsampler": 3, "baked_size": RESHAPES.get(variant, 12)}
     assert ctx.rewrites == {what: count for what, count in expected.items() if count}
     assert ctx.skips == []
     assert interface == [

@@ -54,7 +54,7 @@ def test_sizes_that_hold_only_where_traced_are_replaced(sizes: str, mode: str) -
 
 def test_frozen_reshapes_take_their_sizes_from_live_tensors() -> None:
     model = tokens(FROZEN + UP + BLOCK)
-    assert align(model).rewrites == {"upsampler": 1, "baked reshape": 2}
+    assert align(model).rewrites == {"upsampler": 1, "baked_size": 2}
     text = lines(model)
     assert text[text.index("joined = Concat(Resize_out, skip)") :] == [
         "joined = Concat(Resize_out, skip)",
@@ -86,7 +86,7 @@ def test_frozen_reshapes_take_their_sizes_from_live_tensors() -> None:
 def test_a_flattening_that_is_free_already_is_still_found() -> None:
     body = FROZEN + UP + BLOCK.replace("(b, fhw, i4)", "(b, m1, i4)")
     model = ShapeInferencePass()(tokens(body)).model
-    assert align(model).rewrites == {"upsampler": 1, "baked reshape": 1}
+    assert align(model).rewrites == {"upsampler": 1, "baked_size": 1}
     assert run(model, 7, 5).shape == (1, 4, 7, 5)
 
 

@@ -33,8 +33,8 @@ def _merged(count: int, ratio: float, fused: str) -> tuple[ort.InferenceSession,
     Tome(count, ratio).apply(model, ctx)
     if fused == "after":
         FuseQkv().apply(model, ctx)
-    assert ctx.rewrites["merged self-attention"] == count
-    assert fused == "never" or ctx.rewrites["self-attention q, k, v"] == 11
+    assert ctx.rewrites["self_attention"] == count
+    assert fused == "never" or ctx.rewrites["self_attention_qkv"] == 11
     model.graph.outputs.extend(ends)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return ref.session(model), [end.name or "" for end in ends]
@@ -168,7 +168,7 @@ def test_says_what_it_left_and_that_there_were_fewer():
     model = ref.exported()
     ctx = ref.context(model)
     Tome(9).apply(model, ctx)
-    assert ctx.rewrites == {"merged self-attention": 5}
+    assert ctx.rewrites == {"self_attention": 5}
     assert ctx.notes == [
         "asked for 9 self-attentions, merged 5: no more at the highest resolution"
     ]
@@ -206,7 +206,7 @@ def test_takes_every_form_of_the_block(form):
     for one in (plain, written):
         ctx = ref.context(one)
         Tome(1).apply(one, ctx)
-        assert ctx.rewrites == {"merged self-attention": 1}, ctx.skips
+        assert ctx.rewrites == {"self_attention": 1}, ctx.skips
         onnx.checker.check_model(ir.to_proto(one), full_check=True)
     (want,), (got,) = (ref.session(one).run(None, feed) for one in (plain, written))
     assert ref.distance(got, want) <= TIGHT

@@ -26,6 +26,11 @@ class SwapGelu(Pass):
 
     Options:
         form: ``tanh`` or ``sigmoid``.
+
+    Counts: ``gelu``; a Gelu in its tanh form is done already.
+
+    Example:
+        sdopt optimize model.onnx -o out.onnx --passes clean,swap_gelu=tanh --require gelu=all
     """
 
     form: Literal["tanh", "sigmoid"]
@@ -40,18 +45,19 @@ class SwapGelu(Pass):
                 continue
             approximate = graph.attribute(node, "approximate", "none")
             if approximate != "none":
-                continue  # done already: a second application changes nothing
+                ctx.already("gelu")  # so a second application changes nothing
+                continue
             if self.form == "tanh":
                 node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
             elif not _write_with_sigmoid(node, ctx):
                 continue
-            ctx.count(f"Gelu to {self.form}")
+            ctx.count("gelu")
 
 
 def _write_with_sigmoid(node: ir.Node, ctx: PassContext) -> bool:
     x, out = node.inputs[0], node.outputs[0]
     if x is None or x.dtype is None:
-        ctx.skip("the type of its input is not known", node)
+        ctx.skip("the type of its input is not known", node, kind="gelu")
         return False
     emit = ctx.emitter(node, graph.module_path(node))
     inner = emit("Mul", x, emit.const(1.702, x.dtype.numpy()))
