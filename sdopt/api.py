@@ -83,6 +83,7 @@ def build(
     batch: tuple[int, int] = (1, 1),
     dims: dict[str, tuple[int, int]] | None = None,
     emit_only: bool = False,
+    check: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -98,6 +99,7 @@ def build(
         batch: images at once, from least to greatest.
         dims: least and greatest size of axes that neither decides.
         emit_only: write the lowered graphs and the compiler's commands instead of running it.
+        check: lower, and only see whether the target takes the result.
         force: build although the same artifact is there.
         dry_run: lower in memory and report, write nothing.
         progress: is told what is being done.
@@ -111,7 +113,7 @@ def build(
     opened = Bundle.open(bundle)
     texts = [targets] if isinstance(targets, str) else list(targets)
     chosen = [registry.make("targets", text) for text in texts]
-    plan = Plan(shapes, batch, dims or {}, emit_only, force, dry_run)
+    plan = Plan(shapes, batch, dims or {}, emit_only, check, force, dry_run)
     report = Report("build", str(opened.path))
     for index, one in enumerate(chosen):
         tell = part(progress, index, len(chosen), one.name())

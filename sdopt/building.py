@@ -27,6 +27,7 @@ class Plan:
         batch: images at once, from least to greatest.
         dims: least and greatest size of axes that neither decides.
         emit_only: lower, and write the compiler's commands instead of running it.
+        check_only: lower, and see whether the compiler takes the graphs, without compiling.
         force: build although the same artifact is there.
         dry_run: lower in memory and report, write nothing.
     """
@@ -35,6 +36,7 @@ class Plan:
     batch: tuple[int, int] = (1, 1)
     dims: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     emit_only: bool = False
+    check_only: bool = False
     force: bool = False
     dry_run: bool = False
 
@@ -56,7 +58,7 @@ def build(
         BuildError: the graph is illegal for the target, or its compiler failed.
         UsageError: sizes that cannot be.
     """
-    if not plan.emit_only:
+    if not (plan.emit_only or plan.check_only):
         target.check_available()
     job = Job(
         bundle,
@@ -68,7 +70,7 @@ def build(
         plan.dry_run,
         part(progress, 0, 2),
         target=target,
-        prove=not plan.emit_only,
+        prove=not (plan.emit_only or plan.check_only),
     )
     report = job.run("build", components)
     if plan.dry_run:
@@ -81,7 +83,9 @@ def build(
             )
             for i, one in enumerate(report.components)
         ]
-        if plan.emit_only:
+        if plan.check_only:
+            report.notes += [note for order in orders for note in target.check(order)]
+        elif plan.emit_only:
             report.notes += _emit(bundle, target, orders)
         else:
             for one, order in zip(report.components, orders, strict=True):
@@ -151,21 +155,23 @@ def _compile(report: ComponentReport, order: Order, target: Target, force: bool)
 
 def _emit(bundle: Bundle, target: Target, orders: Sequence[Order]) -> list[str]:
     """Write the commands and what to copy for them; returns notes that say where."""
-    lines = target.commands(orders)
-    stem = f"build-{target.stage_name()}"
-    script = "#!/bin/sh\n# Makes the artifacts from the lowered graphs; run it in this folder.\n"
-    script += 'set -eu\ncd "$(dirname "$0")"\n' + "\n".join(lines) + "\n"
-    datafile.write_bytes(bundle.path / f"{stem}.sh", script.encode())
-    (bundle.path / f"{stem}.sh").chmod(0o755)
-    files = [f"{stem}.sh", *_files(bundle, orders)]
-    text = (
-        f"# {target}\n\nCopy these files, keeping their folders, to the machine that has the"
-        " compiler, and run the script there:\n\n"
-        + "\n".join(f"    {name}" for name in files)
-        + f"\n\n    sh {stem}.sh\n\nThen copy the artifacts back beside the graphs.\n"
-    )
+    lines, stem = target.commands(orders), f"build-{target.stage_name()}"
+    files = _files(bundle, orders)
+    text = f"# {target}\n\nCopy these files, keeping their folders, to the machine that is to "
+    if lines:
+        script = "#!/bin/sh\n# Makes the artifacts from the lowered graphs.\nset -eu\n"
+        script += 'cd "$(dirname "$0")"\n' + "\n".join(lines) + "\n"
+        datafile.write_bytes(bundle.path / f"{stem}.sh", script.encode())
+        (bundle.path / f"{stem}.sh").chmod(0o755)
+        files.insert(0, f"{stem}.sh")
+        text += f"compile them, and run `sh {stem}.sh` there"
+    else:
+        text += "run them"
+    text += ":\n\n" + "".join(f"    {name}\n" for name in files)
+    if lines:
+        text += "\nThen copy the artifacts back beside the graphs.\n"
     datafile.write_bytes(bundle.path / f"{stem}.md", text.encode())
-    return [f"the commands are in {bundle.path / f'{stem}.sh'}, what to copy in {stem}.md"]
+    return [f"what to copy where is in {bundle.path / f'{stem}.md'}"]
 
 
 def _files(bundle: Bundle, orders: Sequence[Order]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdopt.cli import generate, inspecting, transform
+from sdopt.cli import building, generate, inspecting, transform
 
 app = typer.Typer(
     name="sdopt",
@@ -38,7 +38,7 @@ def _options(
 
 app.command("export")(transform.export)
 app.command("optimize")(transform.optimize)
-app.command("build")(transform.build)
+app.command("build")(building.build)
 app.command("run")(generate.run)
 app.command("compare")(inspecting.compare)
 app.command("inspect")(inspecting.inspect)

@@ -1,4 +1,4 @@
-"""``export``, ``optimize``, ``build`` and ``pack``: the verbs that write bundles."""
+"""``export``, ``optimize`` and ``pack``: the verbs that write bundles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from sdopt.cli.options import (
     Force,
     Json,
     ModelArgument,
-    Target,
 )
 from sdopt.errors import UsageError
 
@@ -100,37 +99,6 @@ def optimize(
             )
     render.report(report, as_json)
     enforce(report)
-
-
-def build(
-    bundle: BundleArgument = Path(),
-    target: Target = "ort",
-    provider: Annotated[
-        str | None, typer.Option(help="Short for ort:provider=...: cpu or cuda.")
-    ] = None,
-    component: Components = None,
-    source: Annotated[
-        str | None, typer.Option("--from", help="The stage to lower; the optimized one if any.")
-    ] = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Lower the graphs for a target and prove that the artifact opens."""
-    from sdopt import api
-
-    text = target if provider is None else f"{target}:provider={provider}"
-    with render.progress("build") as tell:
-        report = api.build(
-            bundle,
-            text,
-            components=component,
-            source=source,
-            force=force,
-            dry_run=dry_run,
-            progress=tell,
-        )
-    render.report(report, as_json)
 
 
 def pack(

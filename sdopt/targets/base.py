@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from sdopt import graph, spec
-from sdopt.errors import BuildError, MissingDependencyError, UsageError
+from sdopt.errors import BuildError, MissingDependencyError
 from sdopt.passes.base import Role
 from sdopt.report import Progress
 from sdopt.session import Session
@@ -121,16 +121,24 @@ class Target(abc.ABC):
         """
         raise NotImplementedError(f"{self.name()} has no compiler")
 
+    def check(self, order: Order) -> list[str]:
+        """Let the compiler's own parser judge a lowered graph, where that is installed.
+
+        Returns:
+            Notes on what was and what could not be checked.
+
+        Raises:
+            BuildError: it refuses the graph; names node, module path and what to do.
+        """
+        return [f"{order.component}: in the dialect of {self.name()}"]
+
     def commands(self, orders: Sequence[Order]) -> list[str]:
         """Shell lines that make the artifacts from the lowered graphs, on a machine that can.
 
-        Paths are relative to the folder that holds the components' folders.
+        Paths are relative to the folder that holds the components' folders. None where the lowered
+        graph is the artifact.
         """
-        raise UsageError(
-            f"the target {self.name()} has no commands to hand over",
-            why="the lowered ONNX file is the artifact: it runs as it is",
-            hint="leave out --emit-only and copy the files, or: sdopt pack",
-        )
+        return []
 
     def compiler(self) -> Mapping[str, str]:
         """Name and version of the compiler that ``compile`` would run; empty if there is none."""
