@@ -90,9 +90,9 @@ def grouped(core: ir.Value, normed: ir.Value, shapes: Shapes) -> Grouped | str |
 
 def _shapes_back(outer: ir.Node, x: ir.Value, shapes: Shapes) -> bool:
     shape = graph.producer(outer.inputs[1], "Shape")
-    if shape is not None and shape.inputs[0] is not None and not shape.attributes:
-        if uncast(shape.inputs[0], shapes) is x:
-            return True
+    measured = shape.inputs[0] if shape is not None and not shape.attributes else None
+    if measured is not None and uncast(measured, shapes) is x:
+        return True
     dims, target = shapes.dims(x), shapes.dims(outer.outputs[0])
     return dims is not None and target is not None and list(dims) == list(target)
 
@@ -107,9 +107,7 @@ def write_group_norm(
         if channels is None and lent is not None and graph.scalar(lent) is None:
             channels = _channels_of(lent, found, shapes)
     if channels is None or channels % found.groups:
-        return left(
-            KIND, "its channels are not known, or not a multiple of its groups", node, ctx
-        )
+        return left(KIND, "its channels are not known, or not a multiple of its groups", node, ctx)
     raw, core, dtype = (shapes.dtype(value) for value in (found.x, found.core, found.y))
     dtype = dtype or raw or core
     if (reason := refusal(raw, core, dtype)) is not None or dtype is None:

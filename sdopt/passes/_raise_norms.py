@@ -88,8 +88,8 @@ def _write(
     inputs = [x, parameter(ends.gamma, sizes, 1.0, dtype, shapes, emit)]
     if ends.beta is not None:
         inputs.append(parameter(ends.beta, sizes, 0.0, dtype, shapes, emit))
-    extra = {"axis": -len(sizes), "epsilon": found.epsilon}
-    replace(out, emit(_OPERATORS[found.kind], *inputs, **extra), shapes)
+    operator, axis = _OPERATORS[found.kind], -len(sizes)
+    replace(out, emit(operator, *inputs, axis=axis, epsilon=found.epsilon), shapes)
     ctx.count(found.kind)
     return True
 
@@ -179,5 +179,3 @@ def _inverses(root: ir.Value, inverse: bool) -> Iterator[tuple[ir.Value, bool]]:
         )
         if turns or is_op(user, "Cast"):
             yield from _inverses(user.outputs[0], inverse != turns)
-
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from sdopt.passes.base import PassContext
 HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 FLOATS = HALF | {ir.DataType.FLOAT}
 """The types that the canonical norms compute in float32 (``stash_type`` 1), or are float32."""
+
+_EXACT, _HALF = 5e-6, 1e-3
 
 _CAST = FLOATS | {ir.DataType.DOUBLE}
 """torch's older exporter squares half precision in float64 below opset 17."""
@@ -69,6 +72,74 @@ def left(kind: str, reason: str, node: ir.Node, ctx: PassContext) -> bool:
     """Say why a place is left alone; False, so that it can be returned."""
     ctx.skip(reason, node, kind=kind)
     return False
+
+
+def number(value: ir.Value | None, depth: int = 6) -> float | None:
+    """The number in a one-element value that is a constant, or made of constants only."""
+    if (known := graph.scalar(value)) is not None:
+        return known
+    node = value.producer() if value is not None else None
+    if node is None or depth == 0 or (rule := _ARITHMETIC.get(node.op_type)) is None:
+        return None
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    sides = [number(side, depth - 1) for side in node.inputs]
+    numbers = [side for side in sides if side is not None]
+    if len(numbers) != len(sides):
+        return None
+    try:
+        result = rule(*numbers)
+    except (ArithmeticError, ValueError):  # a root of less than 0, a power too large
+        return None
+    return None if isinstance(result, complex) else float(result)
+
+
+def scale_of(value: ir.Value) -> Iterator[tuple[ir.Value, float]]:
+    """``value`` as itself, and as a number times what it was scaled from, step by step."""
+    yield value, 1.0
+    node = value.producer()
+    if is_op(node, "Neg") and node is not None and node.inputs[0] is not None:
+        yield from ((x, -factor) for x, factor in scale_of(node.inputs[0]))
+    if not is_op(node, "Mul", "Div") or node is None:
+        return
+    sides = [(node.inputs[0], node.inputs[1])]
+    if node.op_type == "Mul":
+        sides.append((node.inputs[1], node.inputs[0]))
+    for x, by in sides:
+        scale = number(by)
+        if x is not None and scale:
+            scale = scale if node.op_type == "Mul" else 1 / scale
+            yield from ((source, scale * factor) for source, factor in scale_of(x))
+            return
+
+
+def tolerance_of(value: ir.Value) -> float:
+    """How far a constant behind ``value`` may be off: printed to 6 digits, or rounded to half."""
+    stack = [value]
+    for _ in range(16):
+        if not stack:
+            break
+        one = stack.pop()
+        array = graph.constant(one, most=1)
+        if array is not None:
+            return _HALF if array.dtype.itemsize == 2 else _EXACT
+        node = one.producer()
+        if is_op(node, "Mul", "Div", "Add", "Pow", "Cast") and node is not None:
+            stack.extend(side for side in node.inputs[::-1] if side is not None)
+    return _EXACT
+
+
+_ARITHMETIC: dict[str, Callable[..., float | complex]] = {
+    "Add": lambda a, b: a + b,
+    "Cast": lambda a: a,
+    "Div": lambda a, b: a / b,
+    "Identity": lambda a: a,
+    "Mul": lambda a, b: a * b,
+    "Pow": lambda a, b: a**b,
+    "Reciprocal": lambda a: 1 / a,
+    "Sqrt": math.sqrt,
+    "Sub": lambda a, b: a - b,
+}
 
 
 def refusal(
@@ -156,9 +227,10 @@ def parameter(
     if _sizes(value, shapes) == list(dims):
         return value
     node = value.producer()
-    if is_op(node, "Unsqueeze", "Reshape") and node is not None and node.inputs[0] is not None:
-        if _sizes(node.inputs[0], shapes) == list(dims):
-            return node.inputs[0]
+    if is_op(node, "Unsqueeze", "Reshape") and node is not None:
+        source = node.inputs[0]
+        if source is not None and _sizes(source, shapes) == list(dims):
+            return source
     if value.const_value is not None and not value.is_graph_input():
         return emit.weight(weights.reshaped(value.const_value, dims), name)
     return emit("Reshape", value, emit.const(list(dims)))
@@ -180,6 +252,8 @@ def narrowed(
     parameters = [one for one in (found.gamma, found.beta) if one is not None]
     if end is found.out or dtype is None or _target(made(end)) != dtype:
         return None
-    if any(graph.scalar(p) is None and shapes.dtype(uncast(p, shapes)) != dtype for p in parameters):
+    if any(
+        graph.scalar(p) is None and shapes.dtype(uncast(p, shapes)) != dtype for p in parameters
+    ):
         return None
     return end, raw

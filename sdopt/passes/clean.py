@@ -68,7 +68,7 @@ def _replace_by_constants(
     if any(out.is_graph_output() for out in node.outputs):
         return
     for output, array in zip(node.outputs, arrays, strict=True):
-        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape))
+        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape))
         value = graph.add_initializer(one, tensor, ctx.unique(output.name or "folded"))
         output.replace_all_uses_with(value)
     graph.remove_dead([node])

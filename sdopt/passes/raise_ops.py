@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,8 @@ import onnx_ir as ir
 from sdopt import graph
 from sdopt.passes._raise_activations import raise_gelu
 from sdopt.passes._raise_attention import raise_attention
+from sdopt.passes._raise_gates import lower_swish, raise_logistic, raise_sigmoid
+from sdopt.passes._raise_geglu import raise_geglu
 from sdopt.passes._raise_group_norm import absorb_affine, raise_instance_norm
 from sdopt.passes._raise_norms import raise_norm
 from sdopt.passes._raise_opset import OPSET, upgrade
@@ -60,6 +63,10 @@ class RaiseOps(Pass):
         for node in list(model.graph):
             if node.graph is not None and node.domain in ("", "ai.onnx"):
                 _raise(node, shapes, ctx)
+        order = {node: index for index, node in enumerate(model.graph)}
+        for node in list(order):
+            if node.graph is not None and node.domain in ("", "ai.onnx"):
+                _raise_gate(node, shapes, order, ctx)
 
 
 def _raise(node: ir.Node, shapes: Shapes, ctx: PassContext) -> None:
@@ -76,3 +83,16 @@ def _raise(node: ir.Node, shapes: Shapes, ctx: PassContext) -> None:
         pass
     elif (kind := _CANONICAL.get(op)) is not None:
         ctx.already(kind)
+
+
+def _raise_gate(
+    node: ir.Node, shapes: Shapes, order: Mapping[ir.Node, int], ctx: PassContext
+) -> None:
+    if node.op_type == "Sigmoid":
+        raise_sigmoid(node, shapes, ctx)
+    elif node.op_type == "Exp":
+        raise_logistic(node, shapes, ctx)
+    elif node.op_type == "Swish":
+        lower_swish(node, shapes, ctx)
+    elif node.op_type == "Gelu":
+        raise_geglu(node, shapes, order, ctx)
