@@ -90,9 +90,10 @@ def grouped(core: ir.Value, normed: ir.Value, shapes: Shapes) -> Grouped | str |
 
 def _shapes_back(outer: ir.Node, x: ir.Value, shapes: Shapes) -> bool:
     shape = graph.producer(outer.inputs[1], "Shape")
-    measured = shape.inputs[0] if shape is not None and not shape.attributes else None
-    if measured is not None and uncast(measured, shapes) is x:
-        return True
+    if shape is not None and shape.inputs[0] is not None:
+        part = graph.attribute(shape, "start", 0) or graph.attribute(shape, "end") is not None
+        if not part and uncast(shape.inputs[0], shapes) is x:
+            return True
     dims, target = shapes.dims(x), shapes.dims(outer.outputs[0])
     return dims is not None and target is not None and list(dims) == list(target)
 

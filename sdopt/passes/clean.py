@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from sdopt import graph
-from sdopt.passes import _folding, _noops
+from sdopt.passes import _folding, _noops, _shape_chains
 from sdopt.passes.base import Numerics, Pass, PassContext
 
 
@@ -43,6 +43,8 @@ class Clean(Pass):
             _share_weights(model, ctx)
             _merge_equal_nodes(model, ctx)
             _remove_unused(model, ctx)
+            if sum(ctx.rewrites.values()) == before:
+                _shape_chains.write_down(model.graph, ctx)
             if sum(ctx.rewrites.values()) == before:
                 return
 
