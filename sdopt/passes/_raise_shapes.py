@@ -217,6 +217,12 @@ class Shapes:
             dims[holes[0]] = over(total, taken)
         return [new(axis) if dim == Dim(-1) else dim for axis, dim in enumerate(dims)]
 
+    @staticmethod
+    def _vagueness(dim: Dim) -> int:
+        """Numbers before sizes that the graph's inputs name, those before all others."""
+        named = all(isinstance(one, tuple) and one[0] == "name" for one in dim.unknowns)
+        return 2 - named - (dim.known is not None)
+
     def _cut(
         self, node: ir.Node, first: Dims, dims: Sequence[Dims | None], index: int
     ) -> Dims | None:
@@ -234,7 +240,7 @@ class Shapes:
             size = Dim(sum(numbers)) if len(numbers) == len(parts) else size
             # All parts agree on the other axes, so what is known of one is known of the first.
             whole = [one for one in dims if one is not None and len(one) == len(first)]
-            first = [min(sizes, key=_vagueness) for sizes in zip(*whole, strict=True)]
+            first = [min(sizes, key=self._vagueness) for sizes in zip(*whole, strict=True)]
         elif len(node.inputs) > 1 and (sizes := self.elements(node.inputs[1])) is not None:
             size = sizes[index]
         return [*first[:axis], size, *first[axis + 1 :]]
@@ -284,12 +290,6 @@ def _declared(value: ir.Value) -> Dims | None:
         else new(i)
         for i, dim in enumerate(shape)
     ]
-
-
-def _vagueness(dim: Dim) -> int:
-    """Numbers before sizes that the graph's inputs name, those before all others."""
-    named = all(isinstance(one, tuple) and one[0] == "name" for one in dim.unknowns)
-    return 2 - named - (dim.known is not None)
 
 
 def _fresh(value: ir.Value) -> Callable[[int], Dim]:
