@@ -93,7 +93,8 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
         if attr.is_ref():
             return None
         if name == "value":
-            return attr.as_tensor()
+            tensor: ir.TensorProtocol = attr.value  # as_tensor() asks isinstance of a Protocol
+            return tensor
         if name in ("value_int", "value_ints"):
             return ir.tensor(np.array(attr.value, np.int64))
         if name in ("value_float", "value_floats"):

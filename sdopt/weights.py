@@ -265,6 +265,25 @@ def rechunk(blocks: Iterable[np.ndarray], count: int) -> Blocks:
         yield np.concatenate(held)
 
 
+def reshaped(tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.TensorProtocol:
+    """The same elements under another shape; a range of a file stays that range.
+
+    Raises:
+        ValueError: ``shape`` holds another number of elements.
+    """
+    if math.prod(shape) != tensor.size:
+        raise ValueError(f"{list(shape)} does not hold the elements of {tensor.shape}")
+    if isinstance(tensor, ir.ExternalTensor):
+        dims = ir.Shape(tuple(shape))
+        place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+        return ir.ExternalTensor(
+            *place, shape=dims, name=tensor.name or "", base_dir=tensor.base_dir
+        )
+    if isinstance(tensor, ir.LazyTensor):
+        return BlockTensor(lambda: read_blocks(tensor), tensor.dtype, shape, tensor.name or "")
+    return ir.Tensor(tensor.numpy().reshape(tuple(shape)), dtype=tensor.dtype, name=tensor.name)
+
+
 def full(shape: Sequence[int], value: float, dtype: ir.DataType, name: str = "") -> BlockTensor:
     """A tensor of ``shape`` filled with ``value``, block by block."""
     size = math.prod(shape)

@@ -8,6 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from sdopt import graph
+from sdopt.passes._raise_parts import (
+    emitter,
+    is_op,
+    left,
+    number,
+    recast,
+    replace,
+    scale_of,
+    tolerance_of,
+    uncast,
+)
 from sdopt.passes._raise_shapes import Shapes
 from sdopt.passes.base import PassContext
 
@@ -16,41 +27,37 @@ Polynomial = dict[int, float]
 
 _ERF: Polynomial = {1: 2**-0.5}
 _TANH: Polynomial = {1: (2 / np.pi) ** 0.5, 3: 0.044715 * (2 / np.pi) ** 0.5}
-_EXACT, _HALF = 5e-6, 1e-3
-"""How far constants may be off: printed to 6 digits, or rounded to half precision."""
 
 
 def raise_gelu(node: ir.Node, shapes: Shapes, ctx: PassContext) -> bool:
     """Write ``0.5 * x * (1 + erf(x / sqrt(2)))``, or the same with tanh, as one Gelu.
 
-    ``node`` is the Erf or Tanh.
+    ``node`` is the Erf or Tanh, which may run in another precision between two Casts.
     """
-    add = graph.single_consumer(node.outputs[0])
-    if add is None or add.op_type != "Add" or 1.0 not in map(graph.scalar, add.inputs):
+    add = graph.single_consumer(recast(node.outputs[0]))
+    if not is_op(add, "Add") or add is None or 1.0 not in map(number, add.inputs):
         return False
-    argument, wanted = node.inputs[0], _ERF if node.op_type == "Erf" else _TANH
-    assert argument is not None
+    if node.inputs[0] is None:
+        return False
+    argument = uncast(node.inputs[0], shapes)
+    wanted, tolerance = _ERF if node.op_type == "Erf" else _TANH, tolerance_of(argument)
     seen = False
-    for x, number, out in _products(add.outputs[0]):
+    for x, factor, out in _products(add.outputs[0]):
         if x is None:
             continue
         seen = True
         found = _polynomial(argument, x)
-        tolerance = _HALF if _is_half(argument) else _EXACT
-        if found is None or not _close({0: number}, {0: 0.5}, tolerance):
+        if found is None or not _close({0: factor}, {0: 0.5}, tolerance):
             continue
         if _close(found, wanted, tolerance):
-            emit = ctx.emitter(_made(out), f"{graph.module_path(node)}/raise_ops")
             extra = {} if node.op_type == "Erf" else {"approximate": "tanh"}
-            new = emit("Gelu", x, **extra)
-            shapes.stands_for(new, out)
-            old = _made(out)
-            graph.replace_uses(out, new)
-            graph.remove_dead([old])
+            replace(out, emitter(out, ctx)("Gelu", x, **extra), shapes)
             ctx.count("gelu")
             return True
     if seen:
-        ctx.skip(f"{node.op_type} is used like a GELU's, with other constants", node)
+        return left(
+            "gelu", f"{node.op_type} is used like a GELU's, with other constants", node, ctx
+        )
     return False
 
 
@@ -68,39 +75,24 @@ def _products(one: ir.Value) -> Iterator[tuple[ir.Value | None, float, ir.Value]
         other = user.inputs[1] if user.inputs[0] is value else user.inputs[0]
         if other is None or other is value or (user.op_type == "Div" and other is user.inputs[0]):
             return
-        scale = graph.scalar(other)
+        scale = number(other)
         if scale is not None:
             factor = scale if user.op_type == "Mul" else 1 / scale if scale else 0.0
-            readings = [(x, number * factor) for x, number in readings]
+            readings = [(x, so_far * factor) for x, so_far in readings]
         elif user.op_type == "Div" or any(x is not None for x, _ in readings):
             return
         else:
-            readings = [(x, number * n) for _, number in readings for x, n in _scaled(other)]
+            readings = [(x, so_far * n) for _, so_far in readings for x, n in scale_of(other)]
         value = user.outputs[0]
-        yield from ((x, number, value) for x, number in readings)
-
-
-def _scaled(value: ir.Value) -> Iterator[tuple[ir.Value, float]]:
-    """``value`` as itself, and as a number times what it was scaled from."""
-    yield value, 1.0
-    node = value.producer()
-    if node is None or node.op_type not in ("Mul", "Div") or node.domain:
-        return
-    sides = [(node.inputs[0], node.inputs[1])]
-    if node.op_type == "Mul":
-        sides.append((node.inputs[1], node.inputs[0]))
-    for x, other in sides:
-        number = graph.scalar(other)
-        if x is not None and number:
-            yield x, number if node.op_type == "Mul" else 1 / number
+        yield from ((x, so_far, value) for x, so_far in readings)
 
 
 def _polynomial(value: ir.Value, x: ir.Value, depth: int = 8) -> Polynomial | None:
     """``value`` as a polynomial in ``x``."""
     if value is x:
         return {1: 1.0}
-    if (number := graph.scalar(value)) is not None:
-        return {0: number}
+    if (known := number(value)) is not None:
+        return {0: known}
     node = value.producer()
     if node is None or node.domain or depth == 0 or len(node.inputs) != 2:
         return None
@@ -115,7 +107,7 @@ def _polynomial(value: ir.Value, x: ir.Value, depth: int = 8) -> Polynomial | No
     if set(b) != {0}:
         return None
     if node.op_type == "Div" and b[0]:
-        return {power: number / b[0] for power, number in a.items()}
+        return {power: factor / b[0] for power, factor in a.items()}
     if node.op_type == "Pow" and b[0] in (2, 3):
         square = _multiplied(a, a)
         return square if b[0] == 2 else _multiplied(square, a)
@@ -134,25 +126,3 @@ def _close(found: Polynomial, wanted: Polynomial, tolerance: float) -> bool:
     return set(found) == set(wanted) and all(
         abs(found[power] - wanted[power]) <= tolerance * abs(wanted[power]) for power in wanted
     )
-
-
-def _is_half(value: ir.Value) -> bool:
-    """Whether the constants behind ``value`` are of half precision."""
-    stack = [value]
-    for _ in range(16):
-        if not stack:
-            break
-        one = stack.pop()
-        array = graph.constant(one, most=1)
-        if array is not None:
-            return array.dtype.itemsize == 2
-        node = one.producer()
-        if node is not None and node.op_type in ("Mul", "Div", "Add", "Pow"):
-            stack.extend(side for side in node.inputs[::-1] if side is not None)
-    return False
-
-
-def _made(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None
-    return node

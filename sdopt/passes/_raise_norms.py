@@ -1,187 +1,136 @@
-"""Recognising GroupNorm around InstanceNormalization, and LayerNorm and RMSNorm by hand."""
+"""Recognising a normalisation by mean and deviation: LayerNorm, RMSNorm, and GroupNorm by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from sdopt import graph, weights
-from sdopt.passes._raise_dims import Dim
+from sdopt import graph
+from sdopt.passes._raise_group_norm import grouped, write_group_norm
+from sdopt.passes._raise_parts import (
+    affine,
+    emitter,
+    is_op,
+    left,
+    narrowed,
+    other,
+    parameter,
+    recast,
+    refusal,
+    replace,
+    uncast,
+)
 from sdopt.passes._raise_shapes import Shapes
 from sdopt.passes.base import PassContext
 
-
-def raise_group_norm(norm: ir.Node, shapes: Shapes, ctx: PassContext) -> bool:
-    """Write Reshape, InstanceNormalization, Reshape, Mul, Add as one GroupNormalization."""
-    inner = graph.producer(norm.inputs[0], "Reshape")
-    outer = graph.single_consumer(norm.outputs[0])
-    if inner is None or outer is None or outer.op_type != "Reshape":
-        return False
-    x, grouped = inner.inputs[0], shapes.elements(inner.inputs[1])
-    dims, groups = shapes.dims(x), shapes.dims(inner.outputs[0])
-    if x is None or groups is None or len(groups) != 3 or groups[1].known is None:
-        return _left("its groups are not known", norm, ctx)
-    first = grouped[0] if grouped else None
-    if not (first == Dim(0) or (dims is not None and dims[0] == groups[0])):
-        return _left("its groups run over the batch", norm, ctx)
-    if not _shapes_back(outer, x, shapes):
-        return _left("it is not reshaped back to the shape it had", norm, ctx)
-    if not _is_filled(norm.inputs[1], 1.0) or not _is_filled(norm.inputs[2], 0.0):
-        return _left("its InstanceNormalization scales each group", norm, ctx)
-    affine = _affine(outer.outputs[0], shapes)
-    channels = dims[1].known if dims is not None else None
-    if channels is None and affine.gamma is not None and (lent := shapes.dims(affine.gamma)):
-        channels = lent[0].known if len(lent) > 1 else None
-    if channels is None or channels % groups[1].known:
-        return _left("its channels are not known, or not a multiple of its groups", norm, ctx)
-    dtype = shapes.dtype(x) or shapes.dtype(norm.inputs[1])
-    whole = [_is_per_channel(value, channels, shapes) for value in (affine.gamma, affine.beta)]
-    out = affine.out if all(whole) else outer.outputs[0]
-    if dtype is None:
-        return _left("its type is not known", norm, ctx)
-    emit = ctx.emitter(_anchor(out), f"{graph.module_path(norm)}/raise_ops")
-    if affine.gamma is not None and affine.beta is not None and all(whole):
-        gamma = _vector(affine.gamma, channels, shapes, emit)
-        beta = _vector(affine.beta, channels, shapes, emit)
-    else:
-        gamma = emit.weight(weights.full([channels], 1.0, dtype), "scale")
-        beta = emit.weight(weights.full([channels], 0.0, dtype), "bias")
-    epsilon = float(graph.attribute(norm, "epsilon", 1e-5))
-    new = emit("GroupNormalization", x, gamma, beta, num_groups=groups[1].known, epsilon=epsilon)
-    _replace(out, new, shapes)
-    ctx.count("group norm")
-    return True
-
-
-def _shapes_back(outer: ir.Node, x: ir.Value, shapes: Shapes) -> bool:
-    shape = graph.producer(outer.inputs[1], "Shape")
-    if shape is not None and shape.inputs[0] is x and not shape.attributes:
-        return True
-    dims, target = shapes.dims(x), shapes.dims(outer.outputs[0])
-    return dims is not None and target is not None and list(dims) == list(target)
-
-
-def _is_filled(value: ir.Value | None, number: float) -> bool:
-    array = graph.constant(value)
-    return array is not None and bool(np.all(array == number))
+_OPERATORS = {"layer_norm": "LayerNormalization", "rms_norm": "RMSNormalization"}
 
 
 @dataclass
-class _Affine:
-    """``out = y * gamma + beta``; where there is neither, ``out`` is y."""
+class _Normed:
+    """``out = d / sqrt(mean(d * d) + epsilon)``; d is x, or x less its mean."""
 
+    kind: str
+    x: ir.Value
     out: ir.Value
-    gamma: ir.Value | None = None
-    beta: ir.Value | None = None
+    axes: set[int]
+    epsilon: float
 
 
-def _affine(y: ir.Value, shapes: Shapes) -> _Affine:
-    """The Mul by a parameter and the Add of one behind ``y``."""
-    mul = graph.single_consumer(y)
-    if mul is None or mul.op_type != "Mul":
-        return _Affine(y)
-    gamma = _other(mul, y)
-    scaled = _Affine(mul.outputs[0], gamma)
-    add = graph.single_consumer(mul.outputs[0])
-    if gamma is None or add is None or add.op_type != "Add":
-        return scaled
-    beta = _other(add, mul.outputs[0])
-    if beta is None or shapes.dims(beta) != shapes.dims(gamma):
-        return scaled
-    return _Affine(add.outputs[0], gamma, beta)
-
-
-def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    sides = [side for side in node.inputs if side is not value]
-    return sides[0] if len(sides) == 1 else None
-
-
-def _is_per_channel(value: ir.Value | None, size: int, shapes: Shapes) -> bool:
-    dims = [dim.known for dim in shapes.dims(value) or ()]
-    return len(dims) > 2 and dims in ([size, 1, 1], [1, size, 1, 1])
-
-
-def _vector(value: ir.Value, size: int, shapes: Shapes, emit: graph.Emitter) -> ir.Value:
-    """A parameter of ``[C, 1, 1]`` or ``[1, C, 1, 1]`` as ``[C]``; never read."""
-    node = value.producer()
-    if node is not None and node.op_type in ("Unsqueeze", "Reshape"):
-        source = node.inputs[0]
-        if source is not None and [d.known for d in shapes.dims(source) or ()] == [size]:
-            return source
-    return emit("Reshape", value, emit.const([size]))
-
-
-def raise_layer_norm(root: ir.Node, shapes: Shapes, ctx: PassContext) -> bool:
-    """Write the norm whose ``Sqrt(mean + epsilon)`` is ``root`` as one node."""
-    add = graph.producer(root.inputs[0], "Add")
-    if add is None:
+def raise_norm(root: ir.Node, shapes: Shapes, ctx: PassContext) -> bool:
+    """Write the norm whose deviation is ``root``, a Sqrt or a Pow by a half, as one node."""
+    found = _normed(root, shapes)
+    if found is None:
         return False
+    if isinstance(found, tuple):
+        return left(*found, root, ctx)
+    dims = shapes.dims(found.x)
+    if dims is None:
+        return left(found.kind, "the number of its dimensions is not known", root, ctx)
+    if found.kind == "layer_norm" and found.axes == set(range(2, len(dims))):
+        whole = grouped(found.x, found.out, shapes)
+        # With a group to each channel it may as well be a LayerNorm of what has axis 1 for rows.
+        if whole is not None and not isinstance(whole, str) and whole.channels != whole.groups:
+            return write_group_norm(root, whole, found.epsilon, shapes, ctx)
+    first = len(dims) - len(found.axes)
+    if found.axes != set(range(first, len(dims))):
+        return left(found.kind, "its mean does not run over the last axes", root, ctx)
+    sizes = [size for dim in dims[first:] if (size := dim.known) is not None]
+    if len(sizes) != len(found.axes):
+        return left(found.kind, "its width is not known", root, ctx)
+    return _write(root, found, sizes, shapes, ctx)
+
+
+def _write(
+    root: ir.Node, found: _Normed, sizes: list[int], shapes: Shapes, ctx: PassContext
+) -> bool:
+    def fits(value: ir.Value, default: float) -> bool:
+        dims = [dim.known for dim in shapes.dims(value) or ()]
+        while len(dims) > len(sizes) and dims[0] == 1:
+            dims = dims[1:]
+        return dims == sizes and len(shapes.dims(value) or ()) <= len(shapes.dims(found.x) or ())
+
+    shifts = found.kind == "layer_norm"
+    raw, x, y = uncast(found.x, shapes), found.x, found.out
+    dtype, narrow = shapes.dtype(y) or shapes.dtype(x), recast(found.out)
+    if narrow is not y and shapes.dtype(narrow) == shapes.dtype(raw):
+        x, y, dtype = raw, narrow, shapes.dtype(raw)
+    ends, core = affine(y, fits, shifts=shifts), shapes.dtype(root.outputs[0])
+    out = ends.out
+    if shapes.dtype(raw) != dtype and (cast := narrowed(ends, raw, shapes)) is not None:
+        x, out, dtype = raw, cast[0], shapes.dtype(raw)
+    if (reason := refusal(shapes.dtype(raw), core, dtype)) is not None or dtype is None:
+        return left(found.kind, reason or "its type is not known", root, ctx)
+    emit = emitter(out, ctx)
+    x = x if shapes.dtype(x) in (dtype, None) else emit("Cast", x, to=int(dtype))
+    inputs = [x, parameter(ends.gamma, sizes, 1.0, dtype, shapes, emit)]
+    if ends.beta is not None:
+        inputs.append(parameter(ends.beta, sizes, 0.0, dtype, shapes, emit))
+    operator, axis = _OPERATORS[found.kind], -len(sizes)
+    replace(out, emit(operator, *inputs, axis=axis, epsilon=found.epsilon), shapes)
+    ctx.count(found.kind)
+    return True
+
+
+def _normed(root: ir.Node, shapes: Shapes) -> _Normed | tuple[str, str] | None:
+    """What ``root`` is the deviation of; a kind and a reason where it nearly is one's."""
+    add = graph.producer(root.inputs[0], "Add")
+    inverse = _is_inverse(root)
+    if add is None or inverse is None:
+        return None
     for mean_value, constant in (add.inputs[:2], add.inputs[1::-1]):
         mean, epsilon = graph.producer(mean_value, "ReduceMean"), graph.scalar(constant)
         if mean is not None and epsilon is not None:
             break
     else:
-        return False
+        return None
     squared = _squared(mean.inputs[0])
     if squared is None:
-        return False
-    dims = shapes.dims(squared)
-    if not graph.attribute(mean, "keepdims", 1) or not _is_last(mean, shapes):
-        return _left("its mean does not run over the last axis", root, ctx)
-    width = dims[-1].known if dims is not None else None
-    if width is None:
-        return _left("its width is not known", root, ctx)
-    normed = _normed(root, squared)
-    if normed is None:
-        return _left("its deviation divides something else", root, ctx)
-    centred = _centred(squared, shapes)
-    source, kind = (squared, "rms norm") if centred is None else (centred, "layer norm")
-    _write(kind, source, width, epsilon, _affine(normed, shapes), normed, shapes, ctx)
-    return True
-
-
-def _write(
-    kind: str,
-    x: ir.Value,
-    width: int,
-    epsilon: float,
-    affine: _Affine,
-    normed: ir.Value,
-    shapes: Shapes,
-    ctx: PassContext,
-) -> None:
-    gamma, beta, out = affine.gamma, affine.beta, affine.out
-    if [dim.known for dim in shapes.dims(gamma) or ()] != [width]:
-        gamma, beta, out = None, None, normed
-    if kind == "rms norm" and beta is not None and gamma is not None:
-        beta, out = None, _product(normed)
-    node = _anchor(out)
-    emit = ctx.emitter(node, f"{graph.module_path(node)}/raise_ops")
-    if gamma is None:
-        dtype = shapes.dtype(x) or ir.DataType.FLOAT
-        gamma = emit.weight(weights.full([width], 1.0, dtype), "scale")
-    inputs = [x, gamma, *([beta] if beta is not None else [])]
-    op = "LayerNormalization" if kind == "layer norm" else "RMSNormalization"
-    _replace(out, emit(op, *inputs, axis=-1, epsilon=epsilon), shapes)
-    ctx.count(kind)
-
-
-def _centred(value: ir.Value, shapes: Shapes) -> ir.Value | None:
-    """The x of ``x - mean(x)`` over the last axis."""
-    sub = graph.producer(value, "Sub")
-    mean = graph.producer(sub.inputs[1], "ReduceMean") if sub is not None else None
-    if sub is None or mean is None or mean.inputs[0] is not sub.inputs[0]:
         return None
-    whole = graph.attribute(mean, "keepdims", 1) and _is_last(mean, shapes)
-    return sub.inputs[0] if whole else None
+    deviation = uncast(squared, shapes)
+    centred = _centred(deviation, shapes)
+    kind = "rms_norm" if centred is None else "layer_norm"
+    quotient = _quotient(root.outputs[0], deviation, inverse, shapes)
+    if quotient is None:
+        return kind, "its deviation divides something else"
+    axes = shapes.axes(mean)
+    if axes is None or not graph.attribute(mean, "keepdims", 1):
+        return kind, "the axes of its mean are not known, or are dropped"
+    if centred is None:
+        return _Normed(kind, quotient[0], quotient[1], axes, epsilon)
+    if shapes.axes(centred) != axes or not graph.attribute(centred, "keepdims", 1):
+        return kind, "its mean and its variance run over different axes"
+    assert centred.inputs[0] is not None
+    return _Normed(kind, centred.inputs[0], quotient[1], axes, epsilon)
 
 
-def _product(normed: ir.Value) -> ir.Value:
-    user = graph.single_consumer(normed)
-    assert user is not None
-    return user.outputs[0]
+def _is_inverse(root: ir.Node) -> bool | None:
+    """Whether ``root`` is 1 over the deviation; None if it is something else."""
+    if root.op_type == "Sqrt":
+        return False
+    return {0.5: False, -0.5: True}.get(graph.scalar(root.inputs[1]) or 0.0)
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
@@ -192,43 +141,41 @@ def _squared(value: ir.Value | None) -> ir.Value | None:
     return mul.inputs[0] if mul is not None and mul.inputs[0] is mul.inputs[1] else None
 
 
-def _is_last(mean: ir.Node, shapes: Shapes) -> bool:
-    axes, dims = shapes.elements(mean.inputs[1]) if len(mean.inputs) > 1 else None, None
-    dims = shapes.dims(mean.inputs[0])
-    if axes is None or len(axes) != 1:
-        return False
-    return axes[0] == Dim(-1) or (dims is not None and axes[0].known == len(dims) - 1)
+def _centred(value: ir.Value, shapes: Shapes) -> ir.Node | None:
+    """The ReduceMean whose result is subtracted from its own source to get ``value``."""
+    sub = graph.producer(value, "Sub")
+    if sub is None or sub.inputs[0] is None or sub.inputs[1] is None:
+        return None
+    mean = graph.producer(uncast(sub.inputs[1], shapes), "ReduceMean")
+    if mean is None or mean.inputs[0] is None:
+        return None
+    same = uncast(mean.inputs[0], shapes) is uncast(sub.inputs[0], shapes)
+    return mean if same else None
 
 
-def _normed(root: ir.Node, d: ir.Value) -> ir.Value | None:
-    """``d / root`` or ``d * (1 / root)``, whichever is there."""
-    for user in root.outputs[0].consumers():
-        if user.op_type == "Div" and user.inputs[1] is root.outputs[0]:
-            if user.inputs[0] is d:
-                return user.outputs[0]
-            if graph.scalar(user.inputs[0]) != 1:
+def _quotient(
+    root: ir.Value, deviation: ir.Value, inverse: bool, shapes: Shapes
+) -> tuple[ir.Value, ir.Value] | None:
+    """``d`` and ``d / root``, or d times 1 / root, whichever is there; d may be cast."""
+    for value, is_inverse in _inverses(root, inverse):
+        for user in value.consumers():
+            if is_inverse and is_op(user, "Mul"):
+                d = other(user, value)
+            elif not is_inverse and is_op(user, "Div") and user.inputs[1] is value:
+                d = user.inputs[0]
+            else:
                 continue
-        elif user.op_type != "Reciprocal":
-            continue
-        for product in user.outputs[0].consumers():
-            if product.op_type == "Mul" and _other(product, user.outputs[0]) is d:
-                return product.outputs[0]
+            if d is not None and uncast(d, shapes) is deviation:
+                return d, user.outputs[0]
     return None
 
 
-def _anchor(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None
-    return node
-
-
-def _replace(old: ir.Value, new: ir.Value, shapes: Shapes) -> None:
-    shapes.stands_for(new, old)
-    node = _anchor(old)
-    graph.replace_uses(old, new)
-    graph.remove_dead([node])
-
-
-def _left(reason: str, node: ir.Node, ctx: PassContext) -> bool:
-    ctx.skip(reason, node)
-    return False
+def _inverses(root: ir.Value, inverse: bool) -> Iterator[tuple[ir.Value, bool]]:
+    """``root`` and what is made of it by Cast and Reciprocal, and whether it is 1 over it."""
+    yield root, inverse
+    for user in root.consumers():
+        turns = is_op(user, "Reciprocal") or (
+            is_op(user, "Div") and user.inputs[1] is root and graph.scalar(user.inputs[0]) == 1
+        )
+        if turns or is_op(user, "Cast"):
+            yield from _inverses(user.outputs[0], inverse != turns)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from sdopt import graph
 from sdopt.passes._raise_shapes import Shapes
@@ -15,6 +16,9 @@ OPSET = 23
 OLDEST = 11
 IR_VERSION = 10
 
+_FLATTENING = frozenset({"Softmax", "LogSoftmax", "Hardmax"})
+"""Until opset 12 they took all axes from ``axis`` (1 unless given) on as one."""
+
 _REDUCTIONS = frozenset(
     {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"}
     | {"ReduceMin", "ReduceProd", "ReduceSumSquare"}
@@ -23,17 +27,20 @@ _REDUCTIONS = frozenset(
 
 _SAME_MEANING = frozenset(
     {"Abs", "Acos", "Acosh", "Add", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Cast"}
-    | {"CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Cosh"}
-    | {"ConvTranspose", "CumSum", "DepthToSpace", "Div", "Elu", "Equal", "Erf", "Exp", "Expand"}
-    | {"EyeLike", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gemm", "Greater"}
-    | {"GlobalAveragePool", "GlobalMaxPool", "GreaterOrEqual", "HardSigmoid", "HardSwish", "If"}
-    | {"Identity", "InstanceNormalization", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual"}
-    | {"Log", "Loop", "LpNormalization", "MatMul", "Max", "MaxPool", "Mean", "Min", "Mish", "Mod"}
-    | {"Mul", "Neg", "NonZero", "PRelu", "Pad", "Pow", "QuantizeLinear", "DequantizeLinear"}
-    | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Reciprocal"}
-    | {"Relu", "Reshape", "Round", "Scan", "ScatterElements", "ScatterND", "Selu", "Shape", "Sign"}
-    | {"Sigmoid", "Sin", "Sinh", "Size", "Slice", "Softplus", "Softsign", "SpaceToDepth", "Sqrt"}
-    | {"Sub", "Sum", "Tan", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Where"}
+    | {"Bernoulli", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv"}
+    | {"ConvTranspose", "Cos", "Cosh", "CumSum", "DeformConv", "DepthToSpace", "Det", "Div", "Elu"}
+    | {"DequantizeLinear", "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten", "Floor", "GRU"}
+    | {"Gather", "GatherElements", "GatherND", "Gemm", "GlobalAveragePool", "GlobalLpPool"}
+    | {"GlobalMaxPool", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "If", "Identity"}
+    | {"InstanceNormalization", "IsInf", "IsNaN", "LRN", "LSTM", "LeakyRelu", "Less", "Loop"}
+    | {"LessOrEqual", "Log", "LpNormalization", "LpPool", "MatMul", "Max", "MaxPool", "MaxRoiPool"}
+    | {"MaxUnpool", "Mean", "MeanVarianceNormalization", "Min", "Mish", "Mod", "Mul", "Neg"}
+    | {"Multinomial", "NegativeLogLikelihoodLoss", "NonZero", "OptionalGetElement", "PRelu", "Pad"}
+    | {"OptionalHasElement", "Pow", "QLinearMatMul", "QuantizeLinear", "RNN", "RandomNormal"}
+    | {"RandomNormalLike", "RandomUniform", "RandomUniformLike", "Reciprocal", "Relu", "Reshape"}
+    | {"Round", "Scan", "ScatterElements", "ScatterND", "Selu", "Shape", "Sigmoid", "Sign", "Sin"}
+    | {"Sinh", "Size", "Slice", "SoftmaxCrossEntropyLoss", "Softplus", "Softsign", "SpaceToDepth"}
+    | {"Sqrt", "Sub", "Sum", "Tan", "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Where"}
 )
 """New versions since opset 11 took more types or an option that is off by default, no more."""
 
@@ -50,11 +57,11 @@ class _Upgrade:
             "ReduceSum": self._axes_before(13),
             **dict.fromkeys(_REDUCTIONS, self._axes_before(18)),
             "Split": self._split,
-            "Softmax": self._softmax,
-            "LogSoftmax": self._softmax,
+            **dict.fromkeys(_FLATTENING, self._softmax),
             "Dropout": self._dropout,
             "Resize": self._resize,
             "GridSample": self._grid_sample,
+            "RoiAlign": self._roi_align,
             "GroupNormalization": self._group_norm,
         }
 
@@ -84,7 +91,7 @@ class _Upgrade:
             return "a Resize has a mode that opset 13 dropped" if old_mode else None
         if name == "GroupNormalization" and not self._channels(node):
             return "the channels of a GroupNormalization are not known"
-        if name in ("Softmax", "LogSoftmax") and opset < 13 and self._axis(node) is None:
+        if name in _FLATTENING and opset < 13 and self._axis(node) is None:
             return f"a {name} flattens a value of unknown rank"
         known = name in self.rules or name in _SAME_MEANING
         return None if known else f"{name} is not known to mean the same in opset {OPSET}"
@@ -150,18 +157,31 @@ class _Upgrade:
             renamed = {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
             node.attributes["mode"] = ir.AttrString("mode", renamed)
 
+    def _roi_align(self, node: ir.Node) -> None:
+        """Until opset 15 no half pixel was taken off, and there was no choice."""
+        if self.opset < 16:
+            mode = ir.AttrString("coordinate_transformation_mode", "output_half_pixel")
+            node.attributes[mode.name] = mode
+
     def _channels(self, node: ir.Node) -> int | None:
         dims = self.shapes.dims(node.inputs[0])
         return dims[1].known if dims is not None and len(dims) > 1 else None
 
     def _group_norm(self, node: ir.Node) -> None:
         """Until opset 20 there was one scale and one bias for each group."""
+        if self.opset >= 21:
+            return
         channels, groups = self._channels(node), int(graph.attribute(node, "num_groups"))
         assert channels is not None
-        emit = self._emit(node)
-        for index in (1, 2):
+        emit, each = self._emit(node), channels // groups
+        for index, name in ((1, "scale"), (2, "bias")):
+            array = graph.constant(node.inputs[index])
+            if array is not None:
+                tensor = ir.Tensor(array.reshape(groups).repeat(each))
+                node.replace_input_with(index, emit.weight(tensor, name))
+                continue
             column = emit("Reshape", node.inputs[index], emit.const([groups, 1]))
-            wide = emit("Expand", column, emit.const([groups, channels // groups]))
+            wide = emit("Expand", column, emit.const([groups, each]))
             node.replace_input_with(index, emit("Reshape", wide, emit.const([channels])))
 
     def _emit(self, node: ir.Node) -> graph.Emitter:
@@ -172,22 +192,48 @@ class _Upgrade:
         node.replace_input_with(index, value)
 
 
+def _refusals(model: ir.Model, ctx: PassContext) -> list[tuple[str, ir.Node]]:
+    rules = _Upgrade(model, ctx)
+    nodes = [node for node in graph.nodes(model) if node.domain in ("", "ai.onnx")]
+    return [(reason, node) for node in nodes if (reason := rules.refusal(node))]
+
+
+def _other_opset(model: ir.Model, opset: int) -> str | None:
+    """Why the local functions cannot be inlined: they are written in another opset."""
+    for function in model.functions.values():
+        own = function.opset_imports.get("", opset)
+        if own != opset:
+            return f"opset {opset} stays: the local function {function.name} is of opset {own}"
+    return None
+
+
+def _inlined(model: ir.Model) -> ir.Model:
+    InlinePass()(model)
+    return model
+
+
 def upgrade(model: ir.Model, ctx: PassContext) -> bool:
     """Bring ``model`` to opset 23, or say what stands in the way and leave it whole."""
     opset = graph.opset(model)
     if opset < OLDEST:
         ctx.skip(f"opset {opset} is not between {OLDEST} and {OPSET}", "model")
         return False
-    if model.functions:
-        ctx.skip(f"opset {opset} with local functions, which have opsets of their own", "model")
+    inline = bool(model.functions)
+    if inline and (reason := _other_opset(model, opset)):
+        ctx.skip(reason, "model")
         return False
-    rules = _Upgrade(model, ctx)
-    nodes = [node for node in graph.nodes(model) if node.domain in ("", "ai.onnx")]
-    found = [(reason, node) for node in nodes if (reason := rules.refusal(node))]
+    # What is refused leaves the model whole, so its functions are inlined in a copy first.
+    tried = _inlined(model.clone()) if inline else model
+    found = _refusals(tried, ctx)
     for reason, node in found:
         ctx.skip(f"opset {opset} stays: {reason}", node)
     if found:
         return False
+    if inline:
+        ctx.count("local function inlined", len(model.functions))
+        _inlined(model)
+    rules = _Upgrade(model, ctx)
+    nodes = [node for node in graph.nodes(model) if node.domain in ("", "ai.onnx")]
     for node in nodes:
         if (rule := rules.rules.get(node.op_type)) is not None:
             rule(node)

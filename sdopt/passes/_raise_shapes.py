@@ -164,7 +164,10 @@ class Shapes:
         if op in ("AveragePool", "MaxPool"):
             return [*first[:2], *(new(axis) for axis in range(2, len(first)))]
         if op in ("Resize", "Pad"):
-            return [new(axis) for axis in range(len(first))]
+            scales = graph.constant(node.inputs[2], most=16) if op == "Resize" else None
+            kept = scales.tolist() if scales is not None else []
+            ones = {axis for axis, scale in enumerate(kept) if scale == 1}
+            return [dim if axis in ones else new(axis) for axis, dim in enumerate(first)]
         if op in ("Concat", "Split", "Slice"):
             return self._cut(node, first, dims, index)
         if op == "ReduceMean" and graph.attribute(node, "keepdims", 1):
@@ -214,6 +217,12 @@ class Shapes:
             dims[holes[0]] = over(total, taken)
         return [new(axis) if dim == Dim(-1) else dim for axis, dim in enumerate(dims)]
 
+    @staticmethod
+    def _vagueness(dim: Dim) -> int:
+        """Numbers before sizes that the graph's inputs name, those before all others."""
+        named = all(isinstance(one, tuple) and one[0] == "name" for one in dim.unknowns)
+        return 2 - named - (dim.known is not None)
+
     def _cut(
         self, node: ir.Node, first: Dims, dims: Sequence[Dims | None], index: int
     ) -> Dims | None:
@@ -229,6 +238,9 @@ class Shapes:
             parts = [one[axis].known if one is not None else None for one in dims]
             numbers = [part for part in parts if part is not None]
             size = Dim(sum(numbers)) if len(numbers) == len(parts) else size
+            # All parts agree on the other axes, so what is known of one is known of the first.
+            whole = [one for one in dims if one is not None and len(one) == len(first)]
+            first = [min(sizes, key=self._vagueness) for sizes in zip(*whole, strict=True)]
         elif len(node.inputs) > 1 and (sizes := self.elements(node.inputs[1])) is not None:
             size = sizes[index]
         return [*first[:axis], size, *first[axis + 1 :]]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from sdopt import graph
-from sdopt.passes import _folding, _noops
+from sdopt.passes import _folding, _noops, _shape_chains
 from sdopt.passes.base import Numerics, Pass, PassContext
 
 
@@ -44,6 +44,8 @@ class Clean(Pass):
             _merge_equal_nodes(model, ctx)
             _remove_unused(model, ctx)
             if sum(ctx.rewrites.values()) == before:
+                _shape_chains.write_down(model.graph, ctx)
+            if sum(ctx.rewrites.values()) == before:
                 return
 
 
@@ -68,7 +70,7 @@ def _replace_by_constants(
     if any(out.is_graph_output() for out in node.outputs):
         return
     for output, array in zip(node.outputs, arrays, strict=True):
-        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape))
+        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape))
         value = graph.add_initializer(one, tensor, ctx.unique(output.name or "folded"))
         output.replace_all_uses_with(value)
     graph.remove_dead([node])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +11,22 @@ import onnx_ir as ir
 from sdopt import graph
 from sdopt.passes._raise_activations import raise_gelu
 from sdopt.passes._raise_attention import raise_attention
-from sdopt.passes._raise_norms import raise_group_norm, raise_layer_norm
+from sdopt.passes._raise_gates import lower_swish, raise_logistic, raise_sigmoid
+from sdopt.passes._raise_geglu import raise_geglu
+from sdopt.passes._raise_group_norm import absorb_affine, raise_instance_norm
+from sdopt.passes._raise_norms import raise_norm
 from sdopt.passes._raise_opset import OPSET, upgrade
 from sdopt.passes._raise_shapes import Shapes
 from sdopt.passes.base import Numerics, Pass, PassContext
+
+_CANONICAL = {
+    "Attention": "attention",
+    "GroupNormalization": "group_norm",
+    "LayerNormalization": "layer_norm",
+    "RMSNormalization": "rms_norm",
+    "Gelu": "gelu",
+}
+"""Operators of opset 23 that are the wanted form already, and the kind they count as."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +61,38 @@ class RaiseOps(Pass):
             return
         shapes = Shapes(model.graph)
         for node in list(model.graph):
-            if node.graph is None or node.domain not in ("", "ai.onnx"):
-                continue
-            if node.op_type == "Softmax":
-                raise_attention(node, shapes, ctx)
-            elif node.op_type == "InstanceNormalization":
-                raise_group_norm(node, shapes, ctx)
-            elif node.op_type == "Sqrt":
-                raise_layer_norm(node, shapes, ctx)
-            elif node.op_type in ("Erf", "Tanh"):
-                raise_gelu(node, shapes, ctx)
+            if node.graph is not None and node.domain in ("", "ai.onnx"):
+                _raise(node, shapes, ctx)
+        order = {node: index for index, node in enumerate(model.graph)}
+        for node in list(order):
+            if node.graph is not None and node.domain in ("", "ai.onnx"):
+                _raise_gate(node, shapes, order, ctx)
+
+
+def _raise(node: ir.Node, shapes: Shapes, ctx: PassContext) -> None:
+    op = node.op_type
+    if op == "Softmax":
+        raise_attention(node, shapes, ctx)
+    elif op == "InstanceNormalization":
+        raise_instance_norm(node, shapes, ctx)
+    elif op in ("Sqrt", "Pow"):
+        raise_norm(node, shapes, ctx)
+    elif op in ("Erf", "Tanh"):
+        raise_gelu(node, shapes, ctx)
+    elif op == "GroupNormalization" and absorb_affine(node, shapes, ctx):
+        pass
+    elif (kind := _CANONICAL.get(op)) is not None:
+        ctx.already(kind)
+
+
+def _raise_gate(
+    node: ir.Node, shapes: Shapes, order: Mapping[ir.Node, int], ctx: PassContext
+) -> None:
+    if node.op_type == "Sigmoid":
+        raise_sigmoid(node, shapes, ctx)
+    elif node.op_type == "Exp":
+        raise_logistic(node, shapes, ctx)
+    elif node.op_type == "Swish":
+        lower_swish(node, shapes, ctx)
+    elif node.op_type == "Gelu":
+        raise_geglu(node, shapes, order, ctx)

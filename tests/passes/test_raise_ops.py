@@ -148,7 +148,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[], ir.Model], str, str]] = {
     ),
     "norm over tokens": (
         lambda: spelled.layer_norm(axis=1),
-        "does not run over the last axis",
+        "does not run over the last axes",
         "LayerNormalization",
     ),
     "another constant": (lambda: spelled.gelu("tanh", k=0.05), "other constants", "Gelu"),
