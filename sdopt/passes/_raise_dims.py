@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import onnx_ir as ir
+
 
 class Dim(NamedTuple):
     """``number`` times unknown sizes; equal ones are equal at every input."""
@@ -75,8 +78,88 @@ def broadcast(a: Dims, b: Dims, new: Callable[[int], Dim]) -> Dims:
     for axis, (x, y) in enumerate(zip(a, b, strict=True)):
         if x == y or y == ONE:
             out.append(x)
-        elif x == ONE or (y.known or 0) > 1:
+        elif x == ONE or y.number > 1:  # a multiple of 2 or more is never 1
             out.append(y)
         else:
-            out.append(x if (x.known or 0) > 1 else new(axis))
+            out.append(x if x.number > 1 else new(axis))
     return out
+
+
+def equal(first: Dims | None, second: Dims | None) -> Dims | None:
+    """1 where two vectors of sizes hold the same one, 0 where they never do.
+
+    A size of a tensor is not negative, so it is never the -1 that exporters ask for.
+    """
+    if first is None or second is None or len(first) != len(second):
+        return None
+    found = []
+    for a, b in zip(first, second, strict=True):
+        never = any(
+            x.known is not None and x.number < 0 and y.unknowns for x, y in ((a, b), (b, a))
+        )
+        if a != b and not never and (a.known is None or b.known is None):
+            return None
+        found.append(Dim(int(a == b)))
+    return found
+
+
+def _is_size(dim: Dim) -> bool:
+    """Whether it is a product of sizes of tensors, and no difference or other computed number."""
+    return dim.number >= 0 and all(
+        isinstance(one, tuple) and one[0] in ("name", "dim") for one in dim.unknowns
+    )
+
+
+def filled(length: Dims | None, fill: ir.TensorProtocol | None) -> Dims | None:
+    """ConstantOfShape: a short vector of one whole number."""
+    count = length[0].known if length is not None and len(length) == 1 else None
+    if fill is None or count is None or not fill.dtype.is_integer() or count > 16:
+        return None
+    return [Dim(int(fill.numpy().reshape(-1)[0]))] * count
+
+
+def chosen(parts: Sequence[Dims | None]) -> Dims | None:
+    """Where: of two vectors the elements that a vector of 1 and 0 chooses."""
+    whole = [part for part in parts if part is not None]
+    if len(whole) != 3 or len({len(part) for part in whole}) > 1:
+        return None
+    condition, a, b = whole
+    if any(c.known not in (0, 1) for c in condition):
+        return None
+    return [x if c.number else y for c, x, y in zip(condition, a, b, strict=True)]
+
+
+def einsum_dims(
+    equation: str, dims: Sequence[Dims | None], new: Callable[[int], Dim]
+) -> Dims | None:
+    """The shape of an Einsum without an ellipsis; what broadcasts gets a size of its own."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation:
+        return None
+    sizes: dict[str, Dim | None] = {}
+    for side, found in zip(inputs.split(","), dims, strict=False):
+        if found is None or len(found) != len(side):
+            return None
+        for letter, dim in zip(side, found, strict=True):
+            other = sizes.get(letter, dim)
+            if other is None or other == dim:
+                sizes[letter] = other
+            elif dim.number > 1 or other.number > 1:
+                sizes[letter] = dim if dim.number > 1 else other
+            else:
+                sizes[letter] = None
+    return [sizes.get(letter) or new(axis) for axis, letter in enumerate(out)]
+
+
+def resized(
+    first: Dims, sizes: Dims | None, scales: np.ndarray | None, new: Callable[[int], Dim]
+) -> Dims:
+    """The shape behind a Resize of every axis: its sizes, or what whole scales make."""
+    if sizes is not None and len(sizes) == len(first):
+        return sizes
+    if scales is None or scales.size != len(first):
+        return [new(axis) for axis in range(len(first))]
+    return [
+        times(dim, Dim(int(scale))) if scale == int(scale) else new(axis)
+        for axis, (dim, scale) in enumerate(zip(first, scales, strict=True))
+    ]

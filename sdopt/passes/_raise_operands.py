@@ -1,162 +1,263 @@
-"""The operands of a written-out attention as ``[B, heads, S, D]``, and its mask."""
+"""The operands of a written-out attention as ``[B, heads, S, D]``, and its result back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes._raise_dims import ONE, Dims
+from sdopt.passes._raise_dims import ONE, Dim, Dims, over, times
+from sdopt.passes._raise_products import Product, perm
+from sdopt.passes._raise_scale import NotRaisedError, scaled
+from sdopt.passes._raise_scores import Scores
 from sdopt.passes._raise_shapes import Shapes
 
 
-class NotRaisedError(Exception):
-    """Something written out that cannot be one node; the text says why."""
+def check_batches(found: Product, shapes: Shapes, words: str) -> None:
+    """Refuse a product that may broadcast its batches: MatMul does so, and Attention does not.
 
-
-@dataclass
-class Operands:
-    """What an Attention node reads, and the values that it replaces."""
-
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    outs: Sequence[ir.Value]
-    single: bool = False
-    """Whether they were 3-D, and have an axis of one head now."""
-    measured: Sequence[ir.Value] = ()
-    """Shapes that were taken of the 3-D result."""
-    heads: int = 1
-
-
-def check_operands(q: ir.Value, kt: ir.Value, v: ir.Value | None, shapes: Shapes) -> None:
-    """Refuse operands of another rank than 3 or 4, and those that MatMul broadcasts.
+    A size that is a number above 1 times something is never 1, and where none of two is 1 MatMul
+    itself demands that they are equal.
 
     Raises:
         NotRaisedError: saying which.
     """
-    if v is None or _rank((q, kt, v), shapes) not in (3, 4):
-        raise NotRaisedError("its operands are not known to be 3-D or 4-D")
-    _same_batch((q, kt, v), shapes)
+    sides = [shapes.dims(value) for value in (found.left, found.right)]
+    for letter in found.batch:
+        sizes = [
+            dims[axes.index(letter)]
+            for dims, axes in zip(sides, found.axes, strict=False)
+            if dims is not None
+        ]
+        if len(sizes) < 2:
+            raise NotRaisedError(f"the shapes of {words} are not known")
+        a, b = sizes
+        if a != b and (min(a.number, b.number) < 2 or (a.known and b.known)):
+            what = "batches or numbers of heads"
+            known = a.known is not None and b.known is not None
+            raise NotRaisedError(
+                f"{words} have different {what}"
+                if known
+                else f"{words} are not known to have equal {what}, and a product "
+                "repeats a batch of 1: export with one name for both, or with numbers"
+            )
 
 
-def _rank(values: Sequence[ir.Value], shapes: Shapes) -> int | None:
-    ranks = {len(dims) for value in values if (dims := shapes.dims(value)) is not None}
-    ranks |= {len(perm) for value in values if (perm := _perm(value))}
-    return ranks.pop() if len(ranks) == 1 else None
+@dataclass
+class Operand:
+    """A value, and the letters of its axes."""
+
+    value: ir.Value
+    axes: str
 
 
-def operands(
-    q: ir.Value, kt: ir.Value, product: ir.Node, shapes: Shapes, emit: graph.Emitter, whole: bool
-) -> Operands:
-    """The checked operands in 4-D; ``whole`` says that a mask keeps 3-D ones from being split."""
-    v, out = product.inputs[1], product.outputs[0]
-    assert v is not None
-    if _rank((q, kt, v), shapes) == 4:
-        return Operands(q, _swapped(kt, 4, emit), v, [out])
-    joined = None if whole else _joined_heads(out, shapes)
-    if joined is not None:
-        found = _split_heads(q, kt, v, shapes, emit, joined[0])
-        if found is not None:
-            measured = [u.outputs[0] for u in out.consumers() if u.op_type == "Shape"]
-            return Operands(*found, joined[1], measured=measured, heads=joined[0])
-    q, k, v = (emit("Unsqueeze", one, emit.const([1])) for one in (q, _swapped(kt, 3, emit), v))
-    return Operands(q, k, v, [out], single=True)
+_ORDER = "NBHijde"
 
 
-def _same_batch(values: Sequence[ir.Value], shapes: Shapes) -> None:
-    """A MatMul broadcasts its batches, and the axes of heads; Attention does not."""
-    found = [shapes.dims(value) for value in values]
-    known = [dims[:-2] for dims in found if dims is not None]
-    for axis in range(min(map(len, known), default=0)):
-        numbers = {dims[axis].known for dims in known} - {None}
-        if len(numbers) > 1 or (numbers == {1} and len({dims[axis] for dims in known}) > 1):
-            raise NotRaisedError("its operands have different batches or numbers of heads")
+def _ordered(axes: str) -> str:
+    return "".join(letter for letter in _ORDER if letter in axes)
 
 
-def _perm(value: ir.Value | None) -> list[int]:
-    node = graph.producer(value, "Transpose")
-    return list(graph.attribute(node, "perm", [])) if node is not None else []
+def _one(found: list[int | None]) -> int | None:
+    return found[0] if len(set(found)) == 1 else None
 
 
-def _swapped(kt: ir.Value, rank: int, emit: graph.Emitter) -> ir.Value:
-    """``kt`` with its last two axes swapped, without a second Transpose where it has one."""
-    perm, source = _perm(kt), kt
-    if perm and (node := kt.producer()) is not None and node.inputs[0] is not None:
-        source = node.inputs[0]
-    else:
-        perm = list(range(rank))
-    perm[-2], perm[-1] = perm[-1], perm[-2]
-    return source if perm == sorted(perm) else emit("Transpose", source, perm=perm)
+class Operands:
+    """q, k and v of ``[B, heads, S, D]``, written before the product with v."""
 
+    def __init__(self, found: Scores, shapes: Shapes) -> None:
+        self.shapes, self.found = shapes, found
+        self.factors = list(found.factors)
+        self.parts = [
+            self._unscaled(Operand(value, found.axes[name]), scales=name != "v")
+            for name, value in (("q", found.q), ("k", found.k), ("v", found.v))
+        ]
+        sources = [self._merged(part) for part in self.parts]
+        self.heads = found.heads or _one([s[1] if s else None for s in sources])
+        for index, source in enumerate(sources):
+            if source is not None and source[1] == self.heads:
+                self.parts[index] = self._unscaled(source[0], scales=index < 2)
+        types = [shapes.dtype(part.value) for part in self.parts]
+        self.types = [kind for kind in types if kind is not None]
+        if len(self.types) < len(types):
+            raise NotRaisedError("the types of q, k and v are not known")
+        self.dtype = self._widest()
+        self.inputs: list[ir.Value] = []
 
-def _joined_heads(out: ir.Value, shapes: Shapes) -> tuple[int, list[ir.Value]] | None:
-    """The number of heads that every reader of ``[B * heads, S, D]`` splits again, and where."""
-    dims, heads, found = shapes.dims(out), set(), []
-    if dims is None or out.is_graph_output():
-        return None
-    for user in out.consumers():
-        if user.op_type == "Shape" and not user.attributes:
-            continue  # what computes the sizes of that very Reshape
-        to = shapes.dims(user.outputs[0]) if user.op_type == "Reshape" else None
-        if to is None or len(to) != 4 or list(to[2:]) != list(dims[1:]) or to[1].known is None:
+    def _unscaled(self, part: Operand, *, scales: bool) -> Operand:
+        """``part`` before it was scaled, in the wanted order of axes if it ever had that."""
+        one, kept = part, None
+        while True:
+            if kept is None and one.axes == _ordered(one.axes):
+                kept = one
+            node = one.value.producer()
+            if node is None or node.domain not in ("", "ai.onnx"):
+                return kept or one
+            found = scaled(node, self.shapes) if scales else None
+            if found is not None and self._keeps_rank(node, found[0]):
+                self.factors.append(found[1:])
+                one, kept = Operand(found[0], one.axes), None
+            elif node.op_type == "Transpose" and node.inputs[0] is not None:
+                order = perm(one.value)
+                back = [order.index(axis) for axis in range(len(order))]
+                one = Operand(node.inputs[0], "".join(one.axes[axis] for axis in back))
+            else:
+                return kept or one
+
+    def _keeps_rank(self, node: ir.Node, source: ir.Value) -> bool:
+        """A scale of shape [1, 1, 1] would add an axis to a matrix."""
+        a, b = self.shapes.dims(source), self.shapes.dims(node.outputs[0])
+        return a is None or b is None or len(a) == len(b)
+
+    def _widest(self) -> ir.DataType:
+        kinds = set(self.types)
+        if len(kinds) == 1:
+            return kinds.pop()
+        if ir.DataType.FLOAT in kinds and ir.DataType.DOUBLE not in kinds:
+            return ir.DataType.FLOAT
+        raise NotRaisedError("q, k and v have different types")
+
+    def _merged(self, part: Operand) -> tuple[Operand, int] | None:
+        """The ``[B, heads, ., .]`` value that a 3-D one is reshaped from, and its heads."""
+        reshape = graph.producer(part.value, "Reshape")
+        source = reshape.inputs[0] if reshape is not None else None
+        before, after = self.shapes.dims(source), self.shapes.dims(part.value)
+        if source is None or before is None or after is None or len(before) != 4:
             return None
-        heads.add(to[1].known)
-        found.append(user.outputs[0])
-    return (heads.pop(), found) if len(heads) == 1 else None
+        heads = before[1].known
+        if heads is None or list(before[2:]) != list(after[1:]) or part.axes[0] != "N":
+            return None
+        return Operand(source, "BH" + part.axes[1:]), heads
 
+    def write(self, emit: graph.Emitter) -> list[ir.Value]:
+        """The three values in one type, and grouped heads as they were before their repetition."""
+        self.inputs = [self._whole(part, emit) for part in self.parts]
+        grouped = [self._before_repetition(value) for value in self.inputs[1:]]
+        if None not in grouped and len({one[1] for one in grouped if one is not None}) == 1:
+            self.inputs[1:] = [one[0] for one in grouped if one is not None]
+        for index, kind in enumerate(self.types):
+            if kind != self.dtype:
+                old = self.inputs[index]
+                new = emit("Cast", old, to=int(self.dtype))
+                self.shapes.declare(new, self.shapes.dims(old), self.dtype)
+                self.inputs[index] = new
+        return self.inputs
 
-def _split_heads(
-    q: ir.Value, kt: ir.Value, v: ir.Value, shapes: Shapes, emit: graph.Emitter, heads: int
-) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """The ``[B, heads, S, D]`` values that the 3-D operands are reshaped from, if all are."""
-    transposed, whole_k = graph.producer(kt, "Transpose"), None
-    whole_q, whole_v = _unmerged(q, shapes, heads), _unmerged(v, shapes, heads)
-    if transposed is None:
-        whole_k = _unmerged(kt, shapes, heads)
-    elif _perm(kt) == [0, 2, 1]:
-        whole_k = _unmerged(transposed.inputs[0], shapes, heads)
-    if whole_q is None or whole_k is None or whole_v is None:
-        return None
-    return whole_q, _swapped(whole_k, 4, emit) if transposed is None else whole_k, whole_v
+    def _whole(self, part: Operand, emit: graph.Emitter) -> ir.Value:
+        wanted = _ordered(part.axes)
+        value = part.value
+        if part.axes != wanted:
+            order = [part.axes.index(letter) for letter in wanted]
+            value = emit("Transpose", value, perm=order)
+            dims = self.shapes.dims(part.value)
+            new = None if dims is None else [dims[axis] for axis in order]
+            self.shapes.declare(value, new, self.shapes.dtype(part.value))
+        if wanted.startswith("B"):
+            return value
+        if wanted.startswith("N"):
+            return self.split(value, emit)
+        dims = self.shapes.dims(value)
+        flat = emit("Unsqueeze", value, emit.const([0, 1]))
+        new = None if dims is None else [ONE, ONE, *dims]
+        self.shapes.declare(flat, new, self.shapes.dtype(value))
+        return flat
 
+    def split(self, value: ir.Value, emit: graph.Emitter) -> ir.Value:
+        """``[N, ., .]`` as ``[B, heads, ., .]``, with one head where nobody knows the heads."""
+        dims = self.shapes.dims(value)
+        if self.heads is None:
+            out = emit("Unsqueeze", value, emit.const([1]))
+            new: Dims | None = None if dims is None else [dims[0], ONE, *dims[1:]]
+        else:
+            sizes = [dim.known for dim in dims[1:]] if dims is not None else [None]
+            if None in sizes:
+                tail = emit("Shape", value, start=1, end=3)
+                shape = emit("Concat", emit.const([-1, self.heads]), tail, axis=0)
+            else:
+                shape = emit.const([-1, self.heads, *sizes])
+            out = emit("Reshape", value, shape)
+            heads = Dim(self.heads)
+            new = None if dims is None else [over(dims[0], heads), heads, *dims[1:]]
+        self.shapes.declare(out, new, self.shapes.dtype(value))
+        return out
 
-def _unmerged(value: ir.Value | None, shapes: Shapes, heads: int) -> ir.Value | None:
-    reshape = graph.producer(value, "Reshape")
-    source = reshape.inputs[0] if reshape is not None else None
-    before, after = shapes.dims(source), shapes.dims(value)
-    if before is None or after is None or len(before) != 4 or len(after) != 3:
-        return None
-    same = list(before[2:]) == list(after[1:]) and before[1].known == heads
-    return source if same else None
+    def _before_repetition(self, value: ir.Value) -> tuple[ir.Value, int] | None:
+        """K or v of grouped heads, before Expand and Reshape repeated each head."""
+        reshape = graph.producer(value, "Reshape")
+        expand = graph.producer(reshape.inputs[0], "Expand") if reshape is not None else None
+        flat = expand.inputs[0].producer() if expand is not None and expand.inputs[0] else None
+        if reshape is None or expand is None or flat is None:
+            return None
+        if flat.op_type not in ("Unsqueeze", "Reshape") or flat.inputs[0] is None:
+            return None
+        dims = [
+            self.shapes.dims(one)
+            for one in (flat.inputs[0], flat.outputs[0], expand.outputs[0], value)
+        ]
+        source, one, many, last = [list(d) if d is not None else [] for d in dims]
+        if len(source) != 4 or len(many) != 5 or len(last) != 4 or many[2].known is None:
+            return None
+        batch, groups, length, width = source
+        plain = (
+            one == [batch, groups, ONE, length, width]
+            and many == [batch, groups, many[2], length, width]
+            and last == [batch, times(groups, many[2]), length, width]
+        )
+        return (flat.inputs[0], many[2].known) if plain else None
 
+    def put_back(self, out: ir.Value, emit: graph.Emitter) -> list[ir.Node]:
+        """Let the readers of the old result read ``out`` of ``[B, heads, S, D]``; dead nodes."""
+        old, axes = self.found.second.out, self.found.axes["out"]
+        kind = self.shapes.dtype(old)
+        if kind not in (None, self.dtype):
+            dims = self.shapes.dims(out)
+            out = emit("Cast", out, to=int(kind or self.dtype))
+            self.shapes.declare(out, dims, kind)
+        dead = [self.found.second.node]
+        if axes.startswith("N") and axes[1:] == "ie" and self.heads is not None:
+            dead += self._rejoined(old, out, emit)
+            if set(old.consumers()) <= set(dead) and not old.is_graph_output():
+                return dead
+        value = out
+        wanted = _ordered(axes)
+        if wanted == "ie":
+            value = emit("Squeeze", value, emit.const([0, 1]))
+        elif wanted.startswith("N") and self.heads is None:
+            value = emit("Squeeze", value, emit.const([1]))
+        elif wanted.startswith("N"):
+            tail = emit("Shape", value, start=2, end=4)
+            value = emit("Reshape", value, emit("Concat", emit.const([-1]), tail, axis=0))
+        if wanted != axes:
+            value = emit("Transpose", value, perm=[wanted.index(letter) for letter in axes])
+        self.shapes.stands_for(value, old)
+        graph.replace_uses(old, value)
+        return dead
 
-def merged_shape(whole: ir.Value, heads: int, emit: graph.Emitter) -> ir.Value:
-    """``[B * heads, S, D]`` of a value that is ``[B, heads, S, D]``."""
-    batch = emit("Mul", emit("Shape", whole, start=0, end=1), emit.const([heads]))
-    return emit("Concat", batch, emit("Shape", whole, start=2, end=4), axis=0)
+    def _rejoined(self, old: ir.Value, out: ir.Value, emit: graph.Emitter) -> list[ir.Node]:
+        """Readers that split the heads again read the whole; what measures it measures that."""
+        users = list(dict.fromkeys(old.consumers()))
+        splitting = [
+            user
+            for user in users
+            if user.op_type == "Reshape" and self._splits(old, user.outputs[0])
+        ]
+        measuring = [user for user in users if user.op_type == "Shape" and not user.attributes]
+        dead = list(splitting)
+        if measuring and len(splitting) + len(measuring) == len(users):
+            batch = emit("Mul", emit("Shape", out, start=0, end=1), emit.const([self.heads or 1]))
+            shape = emit("Concat", batch, emit("Shape", out, start=2, end=4), axis=0)
+            for user in measuring:
+                graph.replace_uses(user.outputs[0], shape)
+            dead += [*measuring, *(node for node in [shape.producer()] if node is not None)]
+        for user in splitting:
+            self.shapes.stands_for(out, user.outputs[0])
+            graph.replace_uses(user.outputs[0], out)
+        return dead
 
-
-def check_mask(mask: ir.Value, scores: Dims | None, shapes: Shapes) -> None:
-    """Refuse an additive mask that is not known to cover every query and key.
-
-    Raises:
-        NotRaisedError: saying what about it.
-    """
-    dims = shapes.dims(mask)
-    if dims is None or scores is None or not 2 <= len(dims) <= len(scores):
-        raise NotRaisedError("the shape of its mask is not known")
-    if list(dims[-2:]) != list(scores[-2:]):
-        raise NotRaisedError("its mask is not known to hold a number for every query and key")
-    lead = zip(dims[-3::-1], scores[-3::-1], strict=False)
-    if len(dims) > 2 and any(a not in (ONE, b) for a, b in lead):
-        raise NotRaisedError("its mask has another batch or number of heads")
-
-
-def broad_mask(mask: ir.Value, shapes: Shapes, emit: graph.Emitter, single: bool) -> ir.Value:
-    """The checked mask, with axes that let it broadcast to ``[B, heads, Sq, Sk]``."""
-    if len(shapes.dims(mask) or ()) == 3:
-        return emit("Unsqueeze", mask, emit.const([1 if single else 0]))
-    return mask
+    def _splits(self, old: ir.Value, new: ir.Value) -> bool:
+        """Whether ``new`` is ``old`` of ``[N, S, D]`` with its heads split as q's are."""
+        dims, to = self.shapes.dims(old), self.shapes.dims(new)
+        if dims is None or to is None or len(to) != 4 or self.heads is None:
+            return False
+        return to[1] == Dim(self.heads) and list(to[2:]) == list(dims[1:])

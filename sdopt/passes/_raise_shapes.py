@@ -11,7 +11,21 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes._raise_dims import ONE, Dim, Dims, arithmetic, broadcast, over, sliced, times
+from sdopt.passes._raise_dims import (
+    ONE,
+    Dim,
+    Dims,
+    arithmetic,
+    broadcast,
+    chosen,
+    einsum_dims,
+    equal,
+    filled,
+    over,
+    resized,
+    sliced,
+    times,
+)
 
 _SAME = frozenset(
     {"Abs", "Cast", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Log"}
@@ -32,10 +46,13 @@ _SAME = frozenset(
 _BROADCAST = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu"})
 _COMPARES = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
 _BROADCAST |= _COMPARES
+_ASKS = frozenset({"Not", "IsNaN", "IsInf"})
+_SAME |= _ASKS
 _TYPED_BY_FIRST = (
     _SAME | _BROADCAST | frozenset({"MatMul", "Conv", "Gemm", "Reshape", "Transpose"})
 )
 _TYPED_BY_FIRST |= {"Squeeze", "Unsqueeze", "Split", "Slice", "Concat", "Gather", "Expand"}
+_TYPED_BY_FIRST |= {"Einsum", "Tile", "Sum", "ReduceSum", "Floor", "Ceil", "Round", "Range"}
 _TYPED_BY_FIRST |= {"ReduceMean", "Attention", "AveragePool", "MaxPool", "Resize", "Pad"}
 _PASSED_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity"})
 
@@ -93,6 +110,11 @@ class Shapes:
         new.type, new.shape = old.type, old.shape
         self.show(new)
 
+    def declare(self, value: ir.Value, dims: Dims | None, dtype: ir.DataType | None) -> None:
+        """Say what is known of a value that was just made, and show it."""
+        self._dims[value], self._types[value] = dims, dtype
+        self.show(value)
+
     def show(self, value: ir.Value) -> None:
         """Write the numbers among the dimensions where there is no shape."""
         dims, dtype = self.dims(value), self.dtype(value)
@@ -110,18 +132,24 @@ class Shapes:
                 self._types[output] = self.dtype(node.inputs[1])
             elif node.op_type == "Constant" and (tensor := graph.constant_tensor(node)):
                 self._types[output] = tensor.dtype
-            elif node.op_type in _TYPED_BY_FIRST - _COMPARES:
+            elif node.op_type in _COMPARES | _ASKS:
+                self._types[output] = ir.DataType.BOOL
+            elif node.op_type in _TYPED_BY_FIRST:
                 self._types[output] = self.dtype(first)
             found, declared = self._infer(node, index), _declared(output)
             if found is not None and declared is not None and len(found) == len(declared):
+                new = _fresh(output)
                 found = [
-                    b if b.known is not None else a for a, b in zip(found, declared, strict=True)
+                    b if b.known is not None or a == new(axis) else a
+                    for axis, (a, b) in enumerate(zip(found, declared, strict=True))
                 ]
             self._dims[output] = declared if found is None else found
         if len(node.outputs) == 1:
             elements = self._evaluate(node)
             if elements is not None and len(elements) <= 16:
                 self._elements[node.outputs[0]] = elements
+                if len(self.dims(node.outputs[0]) or ()) == 1:
+                    self._dims[node.outputs[0]] = [Dim(len(elements))]
 
     def _infer(self, node: ir.Node, index: int) -> Dims | None:
         op, dims = node.op_type, [self.dims(value) for value in node.inputs]
@@ -132,6 +160,10 @@ class Shapes:
             return [Dim(size) for size in tensor.shape.numpy()]
         if op == "ConstantOfShape":
             return self.elements(node.inputs[0])
+        if op == "Range":
+            given = [self.elements(value) for value in node.inputs]
+            counted = given[0] == [Dim(0)] and given[2] == [ONE] and given[1] is not None
+            return given[1] if counted else [_fresh(node.outputs[0])(0)]
         if op == "Gemm" and dims[1] is not None:
             row = 1 if graph.attribute(node, "transA", 0) else 0
             columns = 0 if graph.attribute(node, "transB", 0) else 1
@@ -140,6 +172,9 @@ class Shapes:
         if first is None:
             return None
         new = _fresh(node.outputs[index])
+        if op == "Shape":
+            span = slice(graph.attribute(node, "start", 0), graph.attribute(node, "end"))
+            return [Dim(len(first[span]))]
         if op in _SAME:
             return first if index == 0 else None
         if op in _BROADCAST:
@@ -156,6 +191,8 @@ class Shapes:
             return [*first[:axis], *dims[1], *first[axis + 1 :]]
         if op == "Transpose":
             return [first[axis] for axis in graph.attribute(node, "perm", range(len(first))[::-1])]
+        if op == "Einsum":
+            return einsum_dims(str(graph.attribute(node, "equation", "")), dims, new)
         if op == "MatMul" and dims[1] is not None and len(first) > 1 and len(dims[1]) > 1:
             rows = broadcast(first[:-2], dims[1][:-2], new)
             return [*rows, first[-2], dims[1][-1]]
@@ -163,11 +200,12 @@ class Shapes:
             return [first[0], dims[1][0], *(new(axis) for axis in range(2, len(first)))]
         if op in ("AveragePool", "MaxPool"):
             return [*first[:2], *(new(axis) for axis in range(2, len(first)))]
-        if op in ("Resize", "Pad"):
-            scales = graph.constant(node.inputs[2], most=16) if op == "Resize" else None
-            kept = scales.tolist() if scales is not None else []
-            ones = {axis for axis, scale in enumerate(kept) if scale == 1}
-            return [dim if axis in ones else new(axis) for axis, dim in enumerate(first)]
+        if op == "Resize":
+            sizes = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
+            scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            return resized(first, sizes, scales, new)
+        if op == "Pad":
+            return [new(axis) for axis in range(len(first))]
         if op in ("Concat", "Split", "Slice"):
             return self._cut(node, first, dims, index)
         if op == "ReduceMean" and graph.attribute(node, "keepdims", 1):
@@ -251,6 +289,12 @@ class Shapes:
             dims = self.dims(node.inputs[0])
             span = slice(graph.attribute(node, "start", 0), graph.attribute(node, "end"))
             return None if dims is None else list(dims)[span]
+        if op == "ConstantOfShape":
+            return filled(self.elements(node.inputs[0]), graph.attribute(node, "value"))
+        if op == "Equal":
+            return equal(*(self.elements(value) for value in node.inputs))
+        if op == "Where":
+            return chosen([self.elements(value) for value in node.inputs])
         if op not in _PASSED_ON | {"Gather", "Slice", "Concat", "Mul", "Div", "Add", "Sub"}:
             return None
         parts = [self.elements(value) for value in node.inputs]
@@ -272,7 +316,10 @@ class Shapes:
         if op == "Slice":
             return sliced(first, parts[1:])
         second = parts[1] if len(parts) > 1 else None
-        return None if second is None else arithmetic(op, first, second)
+        kind = self.dtype(node.inputs[0])
+        if second is None or (op == "Div" and kind is not None and kind.is_floating_point()):
+            return None  # a half is lost in whole numbers
+        return arithmetic(op, first, second)
 
 
 def _declared(value: ir.Value) -> Dims | None:
@@ -283,13 +330,17 @@ def _declared(value: ir.Value) -> Dims | None:
         return None
     new = _fresh(value)
     return [
-        Dim(dim)
-        if isinstance(dim, int)
-        else Dim(1, (("name", dim.value),))
-        if dim.value
-        else new(i)
+        Dim(dim) if isinstance(dim, int) else _named(dim.value) if dim.value else new(i)
         for i, dim in enumerate(shape)
     ]
+
+
+def _named(name: str) -> Dim:
+    """A size that has a name; torch's dynamo exporter calls twice ``s77`` ``2*s77``."""
+    number, times_, rest = name.partition("*")
+    if times_ and number.isdigit() and int(number) and rest.isidentifier():
+        return Dim(int(number), (("name", rest),))
+    return Dim(1, (("name", name),))
 
 
 def _fresh(value: ir.Value) -> Callable[[int], Dim]:

@@ -121,16 +121,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[], ir.Model], str, str]] = {
         "not over the keys",
         "Attention",
     ),
-    "scaled mask": (
-        lambda: spelled.attention_4d(spelling="masked first"),
-        "scaled with the scores",
-        "Attention",
-    ),
-    "mask of keys alone": (
-        lambda: spelled.attention_4d(spelling="narrow mask"),
-        "shape of its mask",
-        "Attention",
-    ),
     "groups over the batch": (
         lambda: spelled.group_norm(target=(1, 4, -1), affine=False),
         "groups run over the batch",
