@@ -85,11 +85,11 @@ class DeepCache(Pass):
             ctx.skip(feature, _WHERE)
             return
         nodes = _skip_connection.needed_beside(model.graph, feature)
-        if feature not in {value for node in nodes for value in node.inputs}:
-            ctx.skip("no output depends on the feature", feature.producer() or _WHERE)
-            return
         if any(a.type == ir.AttributeType.GRAPH for n in nodes for a in n.attributes.values()):
             ctx.skip("the shallow part holds a node with a body (If, Loop)", _WHERE)
+            return
+        if feature not in {value for node in nodes for value in node.inputs}:
+            ctx.skip("no output depends on the feature", feature.producer() or _WHERE)
             return
         if not _invariant.states_rank(feature):
             ShapeInferencePass()(model)  # a graph input needs its type and rank stated
