@@ -23,7 +23,7 @@ PLAN_KEY = "sdopt.companions"
 
 SCHEMA = 1
 _ATTACHED = "sdopt.companions"
-_FILE = re.compile(r".+-[a-z_]+-[0-9a-f]{12}\.onnx")
+_FILE = re.compile(r"([^/\\]+)-[a-z_]+-[0-9a-f]{12}\.onnx")
 _SCHEDULE = re.compile(r"prompt|step|every=\d+|steps=\d+(\+\d+)*")
 
 
@@ -64,6 +64,12 @@ class Entry:
     file: str
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule that is none, and a file elsewhere, which only a forged plan names."""
+        Schedule(self.schedule)
+        if self.file and not is_file_name(self.file):
+            raise ValueError(f"{self.file!r} is no companion's file name")
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,6 @@ class Plan:
                 )
                 for one in data["graphs"]
             )  # fmt: skip
-            for one in graphs:
-                Schedule(one.schedule)
-                if not is_file_name(one.file):
-                    raise ValueError(f"{one.file!r} is no companion's file name")
             return cls(
                 inputs=tuple(data["inputs"]),
                 outputs=tuple(data["outputs"]),
@@ -171,11 +173,9 @@ def of(model: ir.Model) -> Attached | None:
 def attach(model: ir.Model) -> Attached:
     """The companions of a model; without any, what it takes and gives now is remembered."""
     if (found := of(model)) is None:
-        names = [
-            tuple(value.name or "" for value in values)
-            for values in (model.graph.inputs, model.graph.outputs)
-        ]
-        found = model.meta[_ATTACHED] = Attached(*names)
+        inputs = tuple(value.name or "" for value in model.graph.inputs)
+        outputs = tuple(value.name or "" for value in model.graph.outputs)
+        found = model.meta[_ATTACHED] = Attached(inputs, outputs)
     return found
 
 
@@ -210,12 +210,8 @@ def file_name(stem: str, companion: str, digest: str) -> str:
 
 def is_file_name(name: str, stem: str | None = None) -> bool:
     """Whether ``name`` is that of a companion's file (of a stage called ``stem``, if given)."""
-    if not _FILE.fullmatch(name) or "/" in name or "\\" in name:
-        return False
-    return (
-        stem is None
-        or re.fullmatch(rf"{re.escape(stem)}-[a-z_]+-[0-9a-f]{{12}}\.onnx", name) is not None
-    )
+    found = _FILE.fullmatch(name)
+    return found is not None and stem in (None, found[1])
 
 
 def settle_types(model: ir.Model) -> None:

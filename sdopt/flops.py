@@ -140,7 +140,7 @@ class _Walk:
         self._types[value] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
 
     def visit(self, node: ir.Node) -> None:
-        """Find out what a node's outputs look like, and what they hold if it is shape arithmetic."""
+        """Find out what a node's outputs look like and, of shape arithmetic, what they hold."""
         if node.domain not in _STANDARD:
             self._microsoft(node)
             return

@@ -147,7 +147,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
         rewrites=_sum(c.rewrites for c in contexts.values()),
         skips=tuple(skip for n, c in contexts.items() for skip in _labelled(n, c.skips)),
         notes=tuple(
-            f"{n}: {note}" if n else note for n, c in contexts.items() for note in c.notes
+            f"{name}: {note}" if name else note for name, c in contexts.items() for note in c.notes
         ),
         new_bytes=sum(size for key, size in new.items() if key not in known),
         changed=changed,

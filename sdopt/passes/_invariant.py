@@ -8,8 +8,6 @@ from enum import IntFlag
 
 import onnx_ir as ir
 
-from sdopt import graph
-
 PROMPT_INPUTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
@@ -101,9 +99,8 @@ def regions(main: ir.Graph, known: Mapping[ir.Value, Needs]) -> tuple[Region, Re
     home = {node: places.get(known[node.outputs[0]]) for node in main}
     for node in reversed(list(main)):
         users = [user for value in node.outputs for user in value.consumers()]
-        if home[node] is not None and node.op_type in _VIEWS:
-            if all(home.get(user) is None for user in users):
-                home[node] = None
+        if node.op_type in _VIEWS and all(home.get(user) is None for user in users):
+            home[node] = None
     first, second = (
         [node for node, place in home.items() if place == wanted] for wanted in (0, 1)
     )
@@ -132,17 +129,3 @@ def is_worth_moving(region: Region) -> bool:
 def states_rank(value: ir.Value) -> bool:
     """Whether a value's type and rank are known, as those of a graph input must be."""
     return value.dtype is not None and value.shape is not None
-
-
-__all__ = [
-    "PROMPT_INPUTS",
-    "STEP_INPUTS",
-    "Needs",
-    "Region",
-    "graph",
-    "inputs_named",
-    "is_worth_moving",
-    "needs",
-    "regions",
-    "states_rank",
-]

@@ -55,3 +55,29 @@ def depends_on(value: ir.Value, other: ir.Value) -> bool:
                 seen.add(feed)
                 stack.append(feed)
     return False
+
+
+def output_of(main: ir.Graph, path: str) -> ir.Value | str:
+    """The one value that leaves a module, or why there is not one."""
+    inside = {node for node in main if graph.in_module(graph.module_path(node), path)}
+    leaving = [
+        value
+        for node in inside
+        for value in node.outputs
+        if any(user not in inside for user in value.consumers())
+    ]
+    if not inside:
+        return f"cut={path} names no module of this graph"
+    return leaving[0] if len(leaving) == 1 else f"{len(leaving)} values leave the module {path}"
+
+
+def needed_beside(main: ir.Graph, feature: ir.Value) -> list[ir.Node]:
+    """What the outputs need beside ``feature``, in graph order, if that is given."""
+    stack, needed = [v.producer() for v in main.outputs], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in needed:
+            continue
+        needed.add(node)
+        stack += [v.producer() for v in node.inputs if v is not None and v is not feature]
+    return [node for node in main if node in needed]

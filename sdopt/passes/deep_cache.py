@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from sdopt import companions, flops, graph
+from sdopt import companions, flops
 from sdopt.passes import _invariant, _skip_connection
 from sdopt.passes._extraction import Extraction
 from sdopt.passes.base import Interface, Numerics, Pass, PassContext, Reach, Role
@@ -37,8 +37,8 @@ class DeepCache(Pass):
 
     Options:
         every: the full graph computes every Nth step, ``deep_cache=3``; 0 with ``steps``.
-        steps: instead, numbers of the steps that the shallow one computes (``steps=1+2+4``; a run's
-            first step is 0, and always full).
+        steps: instead, numbers of the steps that the shallow one computes (``steps=1+2+4``); the
+            first step of a run is 0, and always full.
         cut: which feature; a number says how often the resolution of its join was halved (0; for
             SDXL 1 is the output of its first upsampler), a module path whose output it is.
         step: name of the input that tells the step, for graphs that call it otherwise.
@@ -84,12 +84,12 @@ class DeepCache(Pass):
         if isinstance(feature, str):
             ctx.skip(feature, _WHERE)
             return
-        nodes = _shallow_nodes(model.graph, feature)
-        if feature not in {value for node in nodes for value in node.inputs}:
-            ctx.skip("no output depends on the feature", feature.producer() or _WHERE)
-            return
+        nodes = _skip_connection.needed_beside(model.graph, feature)
         if any(a.type == ir.AttributeType.GRAPH for n in nodes for a in n.attributes.values()):
             ctx.skip("the shallow part holds a node with a body (If, Loop)", _WHERE)
+            return
+        if feature not in {value for node in nodes for value in node.inputs}:
+            ctx.skip("no output depends on the feature", feature.producer() or _WHERE)
             return
         if not _invariant.states_rank(feature):
             ShapeInferencePass()(model)  # a graph input needs its type and rank stated
@@ -115,7 +115,7 @@ class DeepCache(Pass):
     def _feature(self, model: ir.Model) -> ir.Value | str:
         """The value to keep, or why there is none."""
         if not self.cut.isdigit():
-            return _output_of(model.graph, self.cut)
+            return _skip_connection.output_of(model.graph, self.cut)
         joins = _skip_connection.find(model.graph)
         if not joins:
             return "it joins no feature map with one from its way down"
@@ -128,32 +128,6 @@ class DeepCache(Pass):
 
 def _is_map(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 4
-
-
-def _output_of(main: ir.Graph, path: str) -> ir.Value | str:
-    """The one value that leaves a module, or why there is not one."""
-    inside = {node for node in main if graph.in_module(graph.module_path(node), path)}
-    leaving = [
-        value
-        for node in inside
-        for value in node.outputs
-        if any(user not in inside for user in value.consumers())
-    ]
-    if not inside:
-        return f"cut={path} names no module of this graph"
-    return leaving[0] if len(leaving) == 1 else f"{len(leaving)} values leave the module {path}"
-
-
-def _shallow_nodes(main: ir.Graph, feature: ir.Value) -> list[ir.Node]:
-    """What the outputs need, in graph order, if the feature is given."""
-    stack, needed = [v.producer() for v in main.outputs], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in needed:
-            continue
-        needed.add(node)
-        stack += [v.producer() for v in node.inputs if v is not None and v is not feature]
-    return [node for node in main if node in needed]
 
 
 def _cost(model: ir.Model, nodes: list[ir.Node], sizes: Mapping[str, int]) -> str:

@@ -116,10 +116,8 @@ def _saved(model: ir.Model, parts: Mapping[str, _invariant.Region], ctx: PassCon
     """Which share of a step's operations is moved, at a stated size."""
     sizes = flops.sizes_of(ctx.config)
     cost = flops.count(model, sizes)
-    shares = ", ".join(
-        f"{sum(cost.by_node.get(node, 0) for node in part.nodes) / max(cost.total, 1):.2%} to {name}"
-        for name, part in parts.items()
-    )
+    moved = {n: sum(cost.by_node.get(node, 0) for node in p.nodes) for n, p in parts.items()}
+    shares = ", ".join(f"{part / max(cost.total, 1):.2%} to {n}" for n, part in moved.items())
     missing = f"; {len(cost.unknown)} nodes not counted" if cost.unknown else ""
     return (
         f"of a step's {cost.total / 1e9:.3g} GFLOP moved: {shares} "

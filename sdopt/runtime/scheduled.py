@@ -94,8 +94,9 @@ class Scheduled:
             key = tuple(keys[name] for name in one.takes)
             values |= self._result(one, key, values)
             keys |= {name: (one.name, name, key) for name in one.gives}
-        if (one := self._shallow(values, keys)) is not None:
-            return self._compute(one.name, self._beside[one.name], {**values, **self._run.carried})
+        if (shallow := self._shallow(values, keys)) is not None:
+            values |= self._run.carried
+            return self._compute(shallow.name, self._beside[shallow.name], values)
         outputs = self._compute("main", self._main, values)
         given = {name: outputs.pop(name) for name in outputs.keys() - self.outputs.keys()}
         self._run.carried = given
@@ -163,7 +164,7 @@ class _Run:
     def next_step(self, clock: float, same: object) -> int:
         """The number of this step in its run, 0 where it begins one."""
         goes_on = bool(self.carried) and same == self._same
-        # Twice the same timestep from the start is two runs of one step, later it is a scheduler's.
+        # The same timestep again is a run of one step after another, or later a scheduler's way.
         goes_on &= clock < self._clock or (clock == self._clock and self._step > 0)
         self._step = self._step + 1 if goes_on else 0
         self._clock, self._same = clock, same
