@@ -21,7 +21,7 @@ LAYERS = (
     ("graph", "datafile", "session", "safetensors_header"),
     ("fingerprint",),
     ("modelfile",),
-    ("tolerance", "registry"),
+    ("tolerance", "registry", "recorded"),
     ("report",),
     ("bundle",),
     ("passes",),
