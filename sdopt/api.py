@@ -20,9 +20,20 @@ from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
     from sdopt.compare import Comparison
+    from sdopt.recorded import Recording
     from sdopt.runtime.generate import Generated
 
-__all__ = ["build", "compare", "export", "inspect", "optimize", "optimize_file", "pack", "run"]
+__all__ = [
+    "build",
+    "compare",
+    "export",
+    "inspect",
+    "optimize",
+    "optimize_file",
+    "pack",
+    "record",
+    "run",
+]
 
 
 def optimize(
@@ -130,6 +141,13 @@ def run(bundle: str | Path, prompts: Sequence[str], **options: Any) -> Iterator[
 
     images: Iterator[Generated] = generate(bundle, prompts, **options)
     return images
+
+
+def record(bundle: str | Path, prompts: Sequence[str], **options: Any) -> Recording:
+    """Keep what components are given while they draw; see ``sdopt.runtime.recording.record``."""
+    from sdopt.runtime import recording
+
+    return recording.record(bundle, prompts, **options)
 
 
 def compare(a: str, b: str, **options: Any) -> Comparison:

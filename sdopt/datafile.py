@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import onnx_ir as ir
 
 from sdopt.errors import WeightsError, storage_error
-from sdopt.weights import check_location, read_blocks
+from sdopt.weights import byte_blocks, check_location
 
 DIGEST_LENGTH = 12
 SUFFIX = ".onnx_data"
@@ -112,10 +111,9 @@ def _put(tensor: ir.TensorProtocol, file: BinaryIO, position: int, state: hashli
                 state.update(os.pread(source.fileno(), min(_SAMPLE, tensor.nbytes), at))
             copy_range(source.fileno(), start, file.fileno(), position, tensor.nbytes)
         return end
-    for block in read_blocks(tensor):
-        data = np.ascontiguousarray(block).view(np.uint8).data
-        state.update(data)
-        file.write(data)
+    for block in byte_blocks(tensor):
+        state.update(block.data)
+        file.write(block.data)
     if file.tell() != end:
         raise WeightsError(
             f"{tensor.name}: {file.tell() - position} bytes came, {end - position} due"

@@ -108,6 +108,23 @@ def read_blocks(tensor: ir.TensorProtocol, block_bytes: int = BLOCK_BYTES) -> Bl
             left -= len(data)
 
 
+def byte_blocks(tensor: ir.TensorProtocol) -> Blocks:
+    """``tensor``'s bytes as a file holds them, block by block: 4-bit numbers two to a byte.
+
+    The first of two is in the low half (ONNX, ``TensorProto.raw_data``).
+    """
+    blocks = read_blocks(tensor)
+    if tensor.dtype.bitwidth == 4:
+        # Blocks of an even number of elements, so that no byte lies in two of them.
+        for block in rechunk(blocks, BLOCK_BYTES):
+            halves = np.zeros(block.size + block.size % 2, np.uint8)
+            halves[: block.size] = block.view(np.uint8) & 0x0F
+            yield halves[0::2] | (halves[1::2] << 4)
+        return
+    for block in blocks:
+        yield np.ascontiguousarray(block).view(np.uint8)
+
+
 def check_location(tensor: ir.ExternalTensor) -> None:
     """Refuse an external tensor that leaves its folder or does not fit in its file.
 

@@ -126,6 +126,16 @@ def test_a_cast_of_3_gib_of_weights_stays_under_300_mib(three_gib: Path) -> None
     assert len(weights) == LAYERS
 
 
+def test_quantizing_3_gib_of_weights_stays_under_300_mib(three_gib: Path) -> None:
+    output = three_gib.with_name("out.onnx")
+    result = optimize_in_a_process(three_gib, output, "quantize=w4:ends=true")
+    written = LAYERS * SIDE * SIDE * (1 / 2 + 4 / 64)  # half a byte each, a float for 64 of them
+    assert result["written"] == pytest.approx(written, rel=1e-3)
+    assert result["peak"] < 300 << 20
+    kinds = [weight.dtype for weight in ir.load(output).graph.initializers.values()]
+    assert kinds.count(ir.DataType.INT4) == kinds.count(ir.DataType.FLOAT) == LAYERS
+
+
 def test_copying_keeps_holes(three_gib: Path, tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()

@@ -28,6 +28,7 @@ EXAMPLES = {
     "cast_bf16": ["cast_bf16", "cast_bf16:keep=io+LayerNormalization+mid_block.*"],
     "cast_fp16": ["cast_fp16", "cast_fp16:keep=io+LayerNormalization+mid_block.*"],
     "graphsurgeon": ["graphsurgeon=tests.passes.gs_scripts.tidy"],
+    "quantize": ["quantize=w8", "quantize=w4:block=16:ends=true", "quantize=w8:keep=Conv+mid.*"],
     "pad_align": ["pad_align", "pad_align:mode=crop", "pad_align:mode=pad"],
 }
 """Specs to try per pass; those that are not listed have no options to vary."""

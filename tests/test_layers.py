@@ -21,7 +21,7 @@ LAYERS = (
     ("graph", "datafile", "session", "safetensors_header", "companions"),
     ("fingerprint",),
     ("modelfile",),
-    ("tolerance", "registry", "flops", "artifacts"),
+    ("tolerance", "registry", "flops", "artifacts", "recorded"),
     ("report",),
     ("requirements",),
     ("bundle",),

@@ -1,4 +1,4 @@
-"""``run``: images from prompts, by the graphs of a bundle."""
+"""``run`` and ``record``: images from prompts, by the graphs of a bundle."""
 
 from __future__ import annotations
 
@@ -72,6 +72,57 @@ def run(
             path = output / f"{index:04d}.png"
             save_png(one, path)
             render.result(str(path))
+
+
+def record(
+    bundle: Annotated[
+        Path, typer.Argument(help="The bundle; the current folder by default.")
+    ] = Path(),
+    prompts: Annotated[Path, typer.Option(help="A file with one prompt a line.")] = ...,  # type: ignore[assignment]
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
+    keep: Annotated[int, typer.Option(help="Steps to keep per prompt, evenly.", min=1)] = 8,
+    negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 or less turns it off.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next takes the next.")] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, euler, dpm++, ...; the bundle's by default.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="The stage; the built or optimized one if any.")
+    ] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="What runs it.")] = "ort",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The folder; BUNDLE/recorded/default by default."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Record although it is there.")] = False,
+) -> None:
+    """Draw the prompts and keep what each component was given, to calibrate quantize with."""
+    from sdopt import api
+
+    with render.progress("record") as tell:
+        made = api.record(
+            bundle,
+            _lines(prompts),
+            output=output,
+            keep=keep,
+            negative=negative,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            scheduler=scheduler,
+            width=width,
+            height=height,
+            stage=stage,
+            target=target,
+            force=force,
+            progress=tell,
+        )
+    counts = ", ".join(f"{count} of {name}" for name, count in made.counts().items())
+    render.say(f"record: {counts}")
+    render.result(str(made.folder))
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -13,7 +13,7 @@ from sdopt.bundle import Bundle
 from sdopt.report import Progress, part
 from sdopt.runtime.pipeline import assemble
 from sdopt.runtime.request import Request, check_numbers, image_size, start_image
-from sdopt.runtime.session import choose_stages, digest_of, opener
+from sdopt.runtime.session import Opener, choose_stages, digest_of, opener
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,7 @@ def generate(
     image: str | Path | Image | None = None,
     strength: float = DEFAULT_STRENGTH,
     stage: str | None = None,
-    target: str = "ort",
+    target: str | Opener = "ort",
     progress: Progress | None = None,
 ) -> Iterator[Generated]:
     """Make ``count`` images of every prompt, ``batch`` at a time; yields each when it is done.
@@ -101,7 +101,7 @@ def generate(
         image: a start image (path or image) makes it image-to-image.
         strength: how far to leave the start image, above 0 and up to 1.
         stage: the stage to run; the newest that fits by default.
-        target: what runs it.
+        target: what runs it, as text (``ort:threads=2``) or as an object that opens graphs.
         progress: is told the image and the step.
 
     Raises:
@@ -111,7 +111,7 @@ def generate(
     check_numbers(prompts, steps, seed, count, batch)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     start = start_image(image, strength, steps) if image is not None else None
-    chosen = opener(target)
+    chosen = opener(target) if isinstance(target, str) else target
     stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
     size = image_size(width, height, start, opened.config("vae_decoder"), opened.config("unet"))
     pipeline = assemble(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from sdopt import registry, spec
@@ -29,7 +30,7 @@ class Opener(Protocol):
     def stage_name(self) -> str:
         """The stage that a build for this target writes."""
 
-    def open(self, path: object, *, optimize: bool = True) -> Session:
+    def open(self, path: Path, *, optimize: bool = True) -> Session:
         """Open an ONNX file."""
 
 
