@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
-EXTRAS := export,ort,graphsurgeon,simplify,dev
+EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,dev
 
 # A terminal's colours and a developer's own settings must not decide whether tests pass.
 export PYTHONUTF8 := 1

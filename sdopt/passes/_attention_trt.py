@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import onnx_ir as ir
+
+from sdopt import graph
 from sdopt.passes._attention import HALVES, Attention, Kernel
 from sdopt.passes._attention_decomposed import write_decomposed
 from sdopt.passes._raise_shapes import Shapes
@@ -43,7 +46,14 @@ class TensorRt(Kernel):
             write_decomposed(call, "flash_attention", shapes, ctx)
             return True
         # The parser refuses the attribute; the fused kernels compute the softmax in float32.
-        return call.node.attributes.pop("softmax_precision", None) is not None
+        changed = call.node.attributes.pop("softmax_precision", None) is not None
+        kind = shapes.dtype(call.mask)
+        if call.mask is not None and kind not in (ir.DataType.BOOL, call.dtype):
+            # The parser takes a mask of another type, and the build fails (TensorRT-RTX 1.7).
+            emit = ctx.emitter(call.node, f"{graph.module_path(call.node)}/flash_attention")
+            call.node.replace_input_with(3, emit("Cast", call.mask, to=int(call.dtype)))
+            changed = True
+        return changed
 
     def write_refused(self, call: Attention, shapes: Shapes, ctx: PassContext) -> None:
         """Decompose: a native Attention that no fused kernel takes fails the whole build."""
