@@ -269,8 +269,8 @@ def _variants(cls: Any) -> Iterator[Any]:
                 continue
             try:
                 yield dataclasses.replace(default, **{one.name: value})
-            except UsageError:
-                continue  # a word that is reserved: the target says itself that it is not there
+            except (UsageError, ValueError):
+                continue  # a word that is reserved, or belongs to another option's word
 
 
 def _example(cls: type[Pass]) -> str:

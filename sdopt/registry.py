@@ -35,6 +35,8 @@ PASSES: dict[str, str] = {
 
 TARGETS: dict[str, str] = {
     "ort": "sdopt.targets.ort:Ort",
+    "trt": "sdopt.targets.trt:Trt",
+    "trt_rtx": "sdopt.targets.trt_rtx:TrtRtx",
 }
 """Built-in targets: CLI word to ``module:Class``."""
 

@@ -100,7 +100,7 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("file_without_output", ("optimize", "some.onnx", "--passes", "clean")),
         ("bundle_with_output", ("optimize", "b", "-o", "x", "--passes", "clean")),
         ("unknown_target", ("build", "b", "--target", "tensort")),
-        ("cuda_not_yet", ("build", "b", "--target", "ort", "--provider", "cuda")),
+        ("no_cuda", ("build", "b", "--target", "ort", "--provider", "cuda")),
         ("no_source", ("export", "nowhere", "-o", "out")),
         ("no_prompt", ("run", "b")),
     ],
@@ -157,7 +157,7 @@ def test_what_was_there_already_is_told_apart(sdopt: Shell, tmp_path: Path) -> N
     ShapeInferencePass()(heads)
     modelfile.save(heads, tmp_path / "in.onnx")
     words = ("optimize", "in.onnx", "-o", "out.onnx", "--passes")
-    words = (*words, "fuse_qkv,fuse_qkv,lower_attention")
+    words = (*words, "fuse_qkv,fuse_qkv,flash_attention=ort")
     check_golden("optimize_already", words, sdopt(*words))
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from sdopt import registry, spec
-from sdopt.errors import BuildError, MissingDependencyError, SpecError, UsageError
+from sdopt.errors import BuildError, MissingDependencyError, SpecError
 from sdopt.pipeline import Pipeline
 from sdopt.targets.base import Dialect
 from sdopt.targets.ort import Ort
@@ -39,12 +39,21 @@ def test_options_go_round(text: str) -> None:
     assert set(target.versions()) == {"onnxruntime"}
 
 
-def test_cuda_says_that_it_is_not_there_yet() -> None:
-    with pytest.raises(UsageError) as caught:
-        registry.make("targets", "ort:provider=cuda")
-    assert caught.value.exit_code == 2
-    assert "its own lowering" in str(caught.value)
-    assert "--provider cpu" in str(caught.value)
+def test_cuda_needs_another_onnxruntime() -> None:
+    target = registry.make("targets", "ort:provider=cuda")
+    assert target.stage_name() == "ort_cuda"
+    with pytest.raises(MissingDependencyError) as caught:
+        target.check_available()
+    assert "pip install onnxruntime-gpu" in str(caught.value)
+    assert "--emit-only" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["ort:device=1", "ort:search=heuristic", "ort:provider=cuda:threads=2", "ort:device=-1"]
+)
+def test_options_of_the_other_provider_are_refused(text: str) -> None:
+    with pytest.raises(SpecError):
+        registry.make("targets", text)
 
 
 @pytest.mark.parametrize("text", ["ort:provider=tpu", "ort:threads=-1", "ort:threads=many"])
