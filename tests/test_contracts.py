@@ -23,6 +23,8 @@ ADAPTER = "adapter.safetensors"
 """A file for the block of these tests, written beside each."""
 
 EXAMPLES = {
+    "deep_cache": ["deep_cache=3", "deep_cache=0:steps=1+2+4", "deep_cache=2:cut=1:step=sigma"],
+    "hoist": ["hoist", "hoist:prompt=context+pooled:step=sigma"],
     "tome": ["tome=1", "tome=5:ratio=0.25", "tome=2:seed=3"],
     "lora": [f"lora={ADAPTER}", f"lora={ADAPTER}:scale=0.5"],
     "cast_bf16": ["cast_bf16", "cast_bf16:keep=io+LayerNormalization+mid_block.*"],

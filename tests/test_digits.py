@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +118,57 @@ def test_token_merging_still_draws_digits(digits_bundle: Path) -> None:
     assert np.abs(pixels["tome5"] - pixels["optimized"]).mean() > 0.1
     assert right["tome5"] >= right["optimized"] - 0.15
     assert right["tome5"] >= 0.8
+
+
+def images(bundle: Path, stage: str, **options: Any) -> list[np.ndarray]:
+    settings = {"steps": 6, "guidance": digits.GUIDANCE, "count": 2, "batch": 2, **options}
+    made = api.run(bundle, digits.PROMPTS[:2], stage=stage, **settings)
+    return [np.asarray(one.image, np.float64) for one in made]
+
+
+@pytest.mark.parametrize("scheduler", [None, "pndm", "euler"])
+def test_hoisted_images_are_the_same_images(digits_bundle: Path, scheduler: str | None) -> None:
+    api.optimize(digits_bundle, "@fast,hoist", stage="hoisted", components=["unet"])
+    found = images(digits_bundle, "hoisted", scheduler=scheduler)
+    for one, other in zip(
+        found, images(digits_bundle, "optimized", scheduler=scheduler), strict=True
+    ):
+        assert one.std() > 50
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_hoist_moves_and_that_it_is_exact(digits_bundle: Path) -> None:
+    report = api.optimize(digits_bundle, "@fast,hoist", stage="hoisted", force=True)
+    (unet,) = (one for one in report.components if one.component == "unet")
+    # 16 cross-attentions have a key and a value each, 22 residual blocks a time projection.
+    assert unet.passes[-1].rewrites == {"prompt_value": 32, "step_value": 22}
+    assert unet.bytes_written == 0 or unet.passes[-1].new_bytes == 0
+    found = api.compare(f"{digits_bundle}@hoisted", f"{digits_bundle}@optimized")
+    (one,) = (each for each in found.components if each.component == "unet")
+    assert (one.verdict, one.allowed, one.outputs[0].max_abs) == ("same", 0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_deep_cache_still_draws_digits_in_less_time(digits_bundle: Path) -> None:
+    """Ten images each by every second step: other pixels, the same digits, less time."""
+    settings = {"steps": digits.STEPS, "guidance": digits.GUIDANCE, "batch": 10, "count": 2}
+    api.optimize(digits_bundle, "@fast,hoist,deep_cache=2", stage="deep", components=["unet"])
+    classifier, _ = digits.train_classifier()
+    right: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    pixels: dict[str, np.ndarray] = {}
+    for stage in ("optimized", "deep"):
+        start = time.process_time()
+        made = list(api.run(digits_bundle, digits.PROMPTS, stage=stage, **settings))
+        seconds[stage] = time.process_time() - start
+        labels = [digits.PROMPTS.index(one.prompt) for one in made]
+        right[stage] = digits.score([one.image for one in made], labels, classifier).accuracy
+        pixels[stage] = np.stack([np.asarray(one.image, np.float64) for one in made])
+    assert np.abs(pixels["deep"] - pixels["optimized"]).mean() > 0.1
+    assert right["deep"] >= right["optimized"] - 0.15
+    assert right["deep"] >= 0.8
+    assert seconds["deep"] < seconds["optimized"]
 
 
 @pytest.mark.parametrize("stage", ["model", "ort_cpu"])

@@ -8,10 +8,10 @@ import onnx_ir as ir
 from sdopt import graph
 from tests.toolkit import Arrays, model_of
 
-CHANNELS, CONTEXT, HEADS = 8, 6, 2
+CHANNELS, CONTEXT, HEADS = 8, 24, 2
 
 BODY = """g (KIND[batch_size,4,height,width] sample, KIND[TIME] timestep,
-           KIND[CONTEXT_BATCH,sequence_length,6] encoder_hidden_states)
+           KIND[CONTEXT_BATCH,sequence_length,24] encoder_hidden_states)
     => (KIND[batch_size,4,height,width] out_sample) {
         batch = Shape<start=0, end=1>(sample)
         time = Reshape(timestep, minus)
