@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "tome": "sdopt.passes.tome:Tome",
     "hoist": "sdopt.passes.hoist:Hoist",
     "deep_cache": "sdopt.passes.deep_cache:DeepCache",
+    "quick_gelu": "sdopt.passes.quick_gelu:QuickGelu",
     "flash_attention": "sdopt.passes.flash_attention:FlashAttention",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
