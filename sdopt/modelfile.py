@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from sdopt import datafile
+from sdopt import datafile, wellformed
 from sdopt.errors import BundleError, WeightsError
 from sdopt.weights import INLINE_BYTES, check_location
 
@@ -31,11 +31,12 @@ def load(path: Path) -> ir.Model:
     """Open an ONNX file; weights stay ranges of their files, each checked to be there in full.
 
     Raises:
-        BundleError: no such file, or not an ONNX file.
+        BundleError: no such file, not an ONNX file, or a graph that nothing could run: a cycle,
+            a value that is made twice or never, a tensor of another size than its shape.
         WeightsError: external data that is missing, short, or outside the folder.
     """
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
     except FileNotFoundError as error:
         raise BundleError("no such ONNX file", where=str(path)) from error
     except (DecodeError, ValueError, TypeError, KeyError) as error:
@@ -45,10 +46,30 @@ def load(path: Path) -> ir.Model:
             why=str(error),
             hint="export or copy it again",
         ) from error
+    wellformed.refuse_what_would_be_lost(proto, str(path))
+    try:
+        model = ir.from_proto(proto)
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(
+            "this file holds no valid graph",
+            where=str(path),
+            why=_innermost(error),
+            hint="export it again, or correct what wrote it",
+        ) from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    wellformed.check_sizes(model, str(path))
+    wellformed.sort_nodes(model, str(path))
     for value in initializers(model):
         if isinstance(value.const_value, ir.ExternalTensor):
             check_location(value.const_value)
     return model
+
+
+def _innermost(error: BaseException) -> str:
+    """What onnx-ir wraps, level by level, into errors that quote the whole graph."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -97,6 +118,35 @@ def save(model: ir.Model, path: Path) -> Saved:
         ) from error
     datafile.write_bytes(path, data)
     return Saved(digest_of(data), count)
+
+
+def annotate(source: Path, target: Path, key: str, value: str) -> Saved:
+    """Write ``source``'s own bytes to ``target``, with one entry of metadata behind them.
+
+    In protobuf a message that follows another is merged into it, so not one byte of the graph is
+    decoded and encoded anew: what onnx-ir does not know (training info, fields of a newer onnx)
+    stays too. An entry of that key which is there already is replaced, which encodes anew.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    data = source.read_bytes()
+    model = onnx.ModelProto.FromString(data)
+    kept = [one for one in model.metadata_props if one.key != key]
+    if len(kept) < len(model.metadata_props):
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        data = model.SerializeToString(deterministic=True)
+    entry = onnx.ModelProto()
+    entry.metadata_props.add(key=key, value=value)
+    data += entry.SerializeToString()
+    datafile.write_bytes(target, data)
+    return Saved(digest_of(data), 0)
+
+
+def has_data_files(model: ir.Model) -> bool:
+    """Whether any of a model's weights lies outside its ONNX file."""
+    return any(isinstance(v.const_value, ir.ExternalTensor) for v in initializers(model))
 
 
 def digest_of(data: bytes) -> str:

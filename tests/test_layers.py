@@ -19,7 +19,7 @@ LAYERS = (
     ("spec", "manifest"),
     ("weights",),
     ("graph", "datafile", "session", "safetensors_header"),
-    ("fingerprint",),
+    ("fingerprint", "wellformed"),
     ("modelfile",),
     ("tolerance", "registry"),
     ("report",),

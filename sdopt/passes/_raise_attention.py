@@ -42,6 +42,7 @@ def raise_attention(softmax: ir.Node, shapes: Shapes, ctx: PassContext) -> bool:
         if scores is None:
             return False
         _check_axis(softmax, shapes)
+        _check_rank(softmax, scores, shapes)
         _write(softmax, product, scores, shapes, ctx)
     except NotRaisedError as reason:
         ctx.skip(str(reason), product)
@@ -65,6 +66,13 @@ def _check_axis(softmax: ir.Node, shapes: Shapes) -> None:
     axis, dims = graph.attribute(softmax, "axis", -1), shapes.dims(softmax.inputs[0])
     if axis != -1 and (dims is None or axis != len(dims) - 1):
         raise NotRaisedError(f"its Softmax runs over axis {axis}, not over the keys")
+
+
+def _check_rank(softmax: ir.Node, scores: _Scores, shapes: Shapes) -> None:
+    """A scale of shape ``[1, 1, 1, 1, 1]`` makes 5-D scores of 4-D ones."""
+    before, after = shapes.dims(scores.matmul.outputs[0]), shapes.dims(softmax.inputs[0])
+    if before is not None and after is not None and len(before) != len(after):
+        raise NotRaisedError("a scale or a mask adds an axis to its scores")
 
 
 def _scores(value: ir.Value, shapes: Shapes) -> _Scores | None:
