@@ -45,6 +45,17 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
 
 
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """The bodies of an If, Loop or Scan; none for other nodes."""
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
 def op_counts(model: ir.Model) -> dict[str, int]:
     """Operator name (``domain::op`` outside the standard domain) to count, most frequent first."""
     counts = Counter(
@@ -143,7 +154,7 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
     """Let everything that reads ``old`` read ``new``, keeping the names of graph outputs.
 
     Where ``old`` is a graph output, the name moves to ``new`` if ``new`` is free to take it, else
-    an Identity keeps it.
+    an Identity keeps it: ``new`` may be an input, an output, a weight, or captured by a body.
     """
     graph = old.graph
     if graph is None or not old.is_graph_output():
@@ -152,7 +163,8 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
     name = old.name
     for user, index in tuple(old.uses()):
         user.replace_input_with(index, new)
-    if new.is_graph_input() or new.is_graph_output() or new.is_initializer():
+    taken = new.is_graph_input() or new.is_graph_output() or new.is_initializer()
+    if taken or new.graph is not graph:
         node = ir.node("Identity", [new])
         graph.append(node)
         new = node.outputs[0]

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from sdopt import companions, datafile
+from sdopt import companions, datafile, wellformed
 from sdopt.errors import BundleError, WeightsError
 from sdopt.weights import INLINE_BYTES, check_location, identity
 
@@ -36,7 +36,9 @@ def load(path: Path) -> ir.Model:
     Its companions, if it has any, are opened with it and attached.
 
     Raises:
-        BundleError: no such file, or not an ONNX file; a companion is missing or another's.
+        BundleError: no such file, not an ONNX file, or a graph that nothing could run: a cycle,
+            a value that is made twice or never, a tensor of another size than its shape; a
+            companion is missing or another's.
         WeightsError: external data that is missing, short, or outside the folder.
     """
     model = _load_one(path, "no such ONNX file", None)
@@ -73,7 +75,7 @@ def _load_one(path: Path, missing: str, hint: str | None) -> ir.Model:
 
 def _parsed(path: Path, missing: str, hint: str | None) -> ir.Model:
     try:
-        return ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
     except FileNotFoundError as error:
         raise BundleError(missing, where=str(path), hint=hint) from error
     except (DecodeError, ValueError, TypeError, KeyError) as error:
@@ -83,6 +85,27 @@ def _parsed(path: Path, missing: str, hint: str | None) -> ir.Model:
             why=str(error),
             hint="export or copy it again",
         ) from error
+    wellformed.refuse_what_would_be_lost(proto, str(path))
+    try:
+        model = ir.from_proto(proto)
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(
+            "this file holds no valid graph",
+            where=str(path),
+            why=_innermost(error),
+            hint="export it again, or correct what wrote it",
+        ) from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    wellformed.check_sizes(model, str(path))
+    wellformed.sort_nodes(model, str(path))
+    return model
+
+
+def _innermost(error: BaseException) -> str:
+    """What onnx-ir wraps, level by level, into errors that quote the whole graph."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -160,6 +183,35 @@ def _serialized(model: ir.Model, path: Path) -> bytes:
         raise WeightsError(
             "the graph itself passes protobuf's 2 GiB limit", where=str(path), why=str(error)
         ) from error
+
+
+def annotate(source: Path, target: Path, key: str, value: str) -> Saved:
+    """Write ``source``'s own bytes to ``target``, with one entry of metadata behind them.
+
+    In protobuf a message that follows another is merged into it, so not one byte of the graph is
+    decoded and encoded anew: what onnx-ir does not know (training info, fields of a newer onnx)
+    stays too. An entry of that key which is there already is replaced, which encodes anew.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    data = source.read_bytes()
+    model = onnx.ModelProto.FromString(data)
+    kept = [one for one in model.metadata_props if one.key != key]
+    if len(kept) < len(model.metadata_props):
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        data = model.SerializeToString(deterministic=True)
+    entry = onnx.ModelProto()
+    entry.metadata_props.add(key=key, value=value)
+    data += entry.SerializeToString()
+    datafile.write_bytes(target, data)
+    return Saved(digest_of(data), 0)
+
+
+def has_data_files(model: ir.Model) -> bool:
+    """Whether any of a model's weights lies outside its ONNX file."""
+    return any(isinstance(v.const_value, ir.ExternalTensor) for v in initializers(model))
 
 
 def digest_of(data: bytes) -> str:

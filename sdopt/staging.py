@@ -172,7 +172,8 @@ def optimize_file(
     """Run passes over one ONNX file of anyone's and write another.
 
     All passes asked for apply, whatever their role. Weights that did not change are shared when
-    both files lie in one folder, and copied by the kernel otherwise. Where ``require``
+    both files lie in one folder, and copied by the kernel otherwise. Where no pass changed
+    anything, the output is the input's own bytes and the record behind them. Where ``require``
     (``attention=all``) is not met nothing is written, and the report's ``met`` is false.
     """
     path, out, pipeline = Path(source), Path(output), Pipeline.parse(passes)
@@ -197,8 +198,13 @@ def optimize_file(
         if report.met and not dry_run:
             out.parent.mkdir(parents=True, exist_ok=True)
             record = provenance.file_record(path, out, text, pipeline, component.passes, model)
-            model.metadata_props[RECORD_KEY] = record.dumps()
-            saved = modelfile.save(model, out)
+            changed = any(each.changed for each in component.passes)
+            moves = path.resolve().parent != out.resolve().parent
+            if changed or (moves and modelfile.has_data_files(model)):
+                model.metadata_props[RECORD_KEY] = record.dumps()
+                saved = modelfile.save(model, out)
+            else:
+                saved = modelfile.annotate(path, out, RECORD_KEY, record.dumps())
             modelfile.remove_orphans(out)
             component.digest, component.bytes_written = saved.digest, saved.bytes_written
     return report

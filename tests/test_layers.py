@@ -19,7 +19,7 @@ LAYERS = (
     ("spec", "manifest", "shapes"),
     ("weights",),
     ("graph", "datafile", "session", "safetensors_header", "companions"),
-    ("fingerprint",),
+    ("fingerprint", "wellformed"),
     ("modelfile",),
     ("tolerance", "registry", "flops", "artifacts", "recorded"),
     ("report",),

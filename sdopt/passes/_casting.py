@@ -46,7 +46,12 @@ class HalfCast(Pass):
         if _precision.is_half_already(model):
             ctx.skip("the weights are in a half type already", "the whole graph")
             return
+        known = {value: (value.type, value.shape) for value in _precision.values(model)}
         ShapeInferencePass()(model)  # exporters leave intermediate values without a type
+        if not any(map(_precision.is_float, _precision.values(model))):
+            for value, (kind, shape) in known.items():
+                value.type, value.shape = kind, shape
+            return
         types = _precision.Types(graph.opset(model), self.half)
         nodes = list(graph.nodes(model))
         stays = self._staying(model, nodes, types, ctx)
@@ -137,9 +142,14 @@ class HalfCast(Pass):
         return frozenset(saturated)
 
     def _retype_inputs(self, model: ir.Model, stays: set[ir.Node]) -> None:
-        """Inputs become half, except one that only float32 nodes read (the timestep)."""
+        """Inputs become half.
+
+        Not one that only float32 nodes read (the timestep), nor one with a default value.
+        """
         for value in model.graph.inputs:
             readers = list(value.consumers())
+            if value.is_initializer():
+                continue  # its default value would have to change with it
             if value.dtype == ir.DataType.FLOAT and not all(r in stays for r in readers):
                 value.dtype = self.half
 
@@ -149,6 +159,8 @@ class HalfCast(Pass):
         """Give each output that was float32 its declared type under its own name."""
         wanted = self.half if self.changes_interface() else ir.DataType.FLOAT
         for index, value in enumerate(model.graph.outputs):
+            if value.is_initializer():
+                continue  # a weight that is an output as well
             if value in floats and value.dtype != wanted:
                 graph.append_output_cast(model.graph, index, wanted, caster.unique)
 

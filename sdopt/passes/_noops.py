@@ -29,9 +29,8 @@ def bypass(node: ir.Node) -> ir.Value | None:
 
 
 def _identity(node: ir.Node, first: ir.Value) -> ir.Value | None:
-    if node.outputs[0].is_graph_output() and (
-        first.is_graph_input() or first.is_initializer() or first.is_graph_output()
-    ):
+    taken = first.is_graph_input() or first.is_initializer() or first.is_graph_output()
+    if node.outputs[0].is_graph_output() and (taken or first.graph is not node.graph):
         return None  # the Identity is what gives the output a name of its own
     return first
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -11,6 +11,7 @@ from sdopt import graph, weights
 
 FLOAT = ir.DataType.FLOAT
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_STASHING = frozenset({"LayerNormalization", "RMSNormalization", "GroupNormalization"})
 _PERIODIC = frozenset({"Sin", "Cos"})
 _TO = {"Cast": "to", "RandomNormalLike": "dtype", "EyeLike": "dtype", "RandomNormal": "dtype"}
 _MASK_READERS = frozenset({"Add", "Where", "Attention", "Expand", "Min", "Max", "Concat"})
@@ -36,6 +37,15 @@ def is_float(value: ir.Value | None) -> bool:
     if value is None:
         return False
     return (value.const_value.dtype if value.const_value is not None else value.dtype) == FLOAT
+
+
+def values(model: ir.Model) -> Iterator[ir.Value]:
+    """Every value of the graph and of the bodies in it."""
+    for one in model.graphs():
+        yield from one.inputs
+        yield from one.initializers.values()
+        for node in one:
+            yield from node.outputs
 
 
 def is_half_already(model: ir.Model) -> bool:
@@ -133,7 +143,9 @@ class Caster:
         if node.op_type == "ConstantOfShape" and "value" not in node.attributes:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor([0.0], self._half))
         if node.op_type != "Cast" or graph.attribute(node, "to") == self._half:
-            for output in node.outputs:
+            # The statistics of a LayerNormalization are of stash_type, float32, by definition.
+            stashed = node.op_type in _STASHING and graph.attribute(node, "stash_type", 1) == FLOAT
+            for output in node.outputs[: 1 if stashed else None]:
                 if output.dtype == FLOAT:
                     output.dtype = self._half
 
@@ -152,12 +164,13 @@ class Caster:
         tensor = value.const_value
         if (tensor.dtype if tensor is not None else value.dtype) == dtype:
             return value
-        home = value.graph if tensor is not None else reader.graph
+        fixed = tensor is not None and value.is_initializer() and not value.is_graph_input()
+        home = value.graph if fixed else reader.graph
         if not isinstance(home, ir.Graph):
             raise TypeError("a node to cast for is in no graph")
         key = (value, dtype, home)
         if key not in self._made:
-            if tensor is not None and value.is_initializer() and not value.is_graph_input():
+            if fixed and tensor is not None:
                 made = weights.cast(tensor, dtype, saturate=value in self._saturated)
                 name = self.unique(f"{value.name}.{dtype.name.lower()}")
                 self._made[key] = graph.add_initializer(home, made, name)
