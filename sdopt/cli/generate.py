@@ -37,6 +37,9 @@ def run(
         str | None, typer.Option(help="The stage; the built or optimized one if any.")
     ] = None,
     target: Target = "ort",
+    device: Annotated[
+        str | None, typer.Option(help="1, or 0,1: each computes one half of guidance's batch.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the PNGs.")] = Path(
         "images"
     ),
@@ -66,6 +69,7 @@ def run(
             strength=strength,
             stage=stage,
             target=target,
+            device=device,
             progress=tell,
         )
         for index, one in enumerate(made):

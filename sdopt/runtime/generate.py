@@ -79,6 +79,7 @@ def generate(
     strength: float = DEFAULT_STRENGTH,
     stage: str | None = None,
     target: str | Opener = "ort",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Generated]:
     """Make ``count`` images of every prompt, ``batch`` at a time; yields each when it is done.
@@ -102,6 +103,7 @@ def generate(
         strength: how far to leave the start image, above 0 and up to 1.
         stage: the stage to run; the newest that fits by default.
         target: what runs it, as text (``ort:threads=2``) or as an object that opens graphs.
+        device: ``1``, or ``0,1`` to compute both halves of guidance at once.
         progress: is told the image and the step.
 
     Raises:
@@ -115,7 +117,12 @@ def generate(
     stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
     size = image_size(width, height, start, opened.config("vae_decoder"), opened.config("unet"))
     pipeline = assemble(
-        opened, stages, chosen, image_to_image=start is not None, scheduler=scheduler
+        opened,
+        stages,
+        chosen,
+        image_to_image=start is not None,
+        scheduler=scheduler,
+        device=device,
     )
     pipeline.set_progress_bar_config(disable=True)
     request = Request(negative, steps, guidance, *size)

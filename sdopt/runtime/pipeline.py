@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdopt import spec
 from sdopt.bundle import Bundle, Stage
 from sdopt.errors import BundleError, MissingDependencyError
+from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
 from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import Opener, choose_stages, opener
@@ -25,6 +27,7 @@ def load_pipeline(
     target: str = "ort",
     image_to_image: bool = False,
     scheduler: str | None = None,
+    device: str | None = None,
 ) -> Any:
     """A diffusers pipeline whose models are sessions on a bundle's graphs.
 
@@ -34,6 +37,7 @@ def load_pipeline(
         target: what runs the graphs, such as ``ort:threads=2``.
         image_to_image: a ``StableDiffusionImg2ImgPipeline`` in place of the text-to-image one.
         scheduler: a short name (``ddim``, ``euler``, ``dpm++``, ...); the bundle's by default.
+        device: ``1``, or ``0,1`` to compute both halves of guidance at once.
 
     Raises:
         BundleError: a component, the tokenizer or the scheduler is missing or not of this family.
@@ -43,7 +47,14 @@ def load_pipeline(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = opener(target)
     stages = choose_stages(opened, chosen, stage, image_to_image=image_to_image)
-    return assemble(opened, stages, chosen, image_to_image=image_to_image, scheduler=scheduler)
+    return assemble(
+        opened,
+        stages,
+        chosen,
+        image_to_image=image_to_image,
+        scheduler=scheduler,
+        device=device,
+    )
 
 
 def assemble(
@@ -53,6 +64,7 @@ def assemble(
     *,
     image_to_image: bool,
     scheduler: str | None,
+    device: str | None = None,
 ) -> Any:
     """The pipeline over those stages; see ``load_pipeline``."""
     cls = _pipeline_class(PIPELINES[image_to_image])
@@ -67,19 +79,27 @@ def assemble(
         else schedulers.of_class(index["scheduler"][1], config, str(bundle.path))
     )
     tokenizer = _tokenizer(bundle, index)
-    sessions = {name: open_stage(target, stage.path) for name, stage in stages.items()}
+    devices = targets_for(target, device) if device is not None else [target]
+    sessions = {name: open_stage(devices[0], stage.path) for name, stage in stages.items()}
+    halves = [sessions["unet"], *(open_stage(d, stages["unet"].path) for d in devices[1:])]
+    unet = on_halves(halves, halved=_is_halved(stages["unet"]), where=str(stages["unet"].path))
     return cls(
         vae=Vae(
             sessions["vae_decoder"], sessions.get("vae_encoder"), bundle.config("vae_decoder")
         ),
         text_encoder=TextEncoder(sessions["text_encoder"], bundle.config("text_encoder")),
         tokenizer=tokenizer,
-        unet=Unet(sessions["unet"], bundle.config("unet")),
+        unet=Unet(unet, bundle.config("unet")),
         scheduler=steps,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _is_halved(stage: Stage) -> bool:
+    """Whether the stage went through ``cfg_parallel``."""
+    return any(spec.parse(step.spec)[0].name == "cfg_parallel" for step in stage.record.history)
 
 
 def _pipeline_class(name: str) -> Any:

@@ -180,7 +180,7 @@ class TensorRtTarget(Target):
             raise BuildError(
                 f"nothing in {order.component} is in {self.dtype}",
                 why="precision is in the graph: the library has no flag for it",
-                hint="quantize it first: sdopt optimize --passes @fast,quantize=int8:data=RECORDED",
+                hint="quantize it first: sdopt optimize --passes @fast,quantize=int8:data=...",
             )
 
 

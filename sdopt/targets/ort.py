@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from sdopt.errors import MissingDependencyError
+from sdopt.errors import MissingDependencyError, UsageError
 from sdopt.session import Session
 from sdopt.targets.base import Dialect, Target
 
@@ -87,6 +88,21 @@ class Ort(Target):
     def stage_name(self) -> str:
         """``ort_cpu``; the options of a session do not change the graph."""
         return "_".join(["ort", self.provider, *([self.dtype] if self.dtype else [])])
+
+    def on_device(self, device: str) -> Ort:
+        """The same target on ``cpu``, or on a card by its number.
+
+        Raises:
+            UsageError: a device that the provider does not have.
+        """
+        if self.provider == "cpu" and device == "cpu":
+            return self
+        if self.provider == "cuda" and device.isdecimal():
+            return dataclasses.replace(self, device=int(device))
+        raise UsageError(
+            f"{self} has no device {device!r}",
+            hint="--device cpu,cpu, or a number with --target ort:provider=cuda",
+        )
 
     def check_available(self) -> None:
         """See that onnxruntime is installed, and has the provider.
