@@ -53,10 +53,20 @@ class Operand:
 
 
 _ORDER = "NBHijde"
+_HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 def _ordered(axes: str) -> str:
     return "".join(letter for letter in _ORDER if letter in axes)
+
+
+def _source_of(node: ir.Node | None) -> ir.Value | None:
+    return node.inputs[0] if node is not None else None
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """The first input of what makes ``value``."""
+    return _source_of(value.producer()) if value is not None else None
 
 
 def _one(found: list[int | None]) -> int | None:
@@ -68,6 +78,7 @@ class Operands:
 
     def __init__(self, found: Scores, shapes: Shapes) -> None:
         self.shapes, self.found = shapes, found
+        self.dtype = self._widest((found.q, found.k, found.v))
         self.factors = list(found.factors)
         self.parts = [
             self._unscaled(Operand(value, found.axes[name]), scales=name != "v")
@@ -78,12 +89,23 @@ class Operands:
         for index, source in enumerate(sources):
             if source is not None and source[1] == self.heads:
                 self.parts[index] = self._unscaled(source[0], scales=index < 2)
-        types = [shapes.dtype(part.value) for part in self.parts]
-        self.types = [kind for kind in types if kind is not None]
-        if len(self.types) < len(types):
-            raise NotRaisedError("the types of q, k and v are not known")
-        self.dtype = self._widest()
         self.inputs: list[ir.Value] = []
+
+    def _widest(self, values: tuple[ir.Value, ...]) -> ir.DataType:
+        """The type that the Attention computes in."""
+        kinds = {self.shapes.dtype(value) for value in values}
+        if None in kinds:
+            raise NotRaisedError("the types of q, k and v are not known")
+        if len(kinds) > 1 and not kinds <= _HALF | {ir.DataType.FLOAT}:
+            raise NotRaisedError("q, k and v have different types")
+        return ir.DataType.FLOAT if len(kinds) > 1 else next(k for k in kinds if k is not None)
+
+    def _is_repeated(self, node: ir.Node) -> bool:
+        """Whether it is a Cast that ``write`` repeats where needed: from half to float32, or none."""
+        if node.op_type != "Cast":
+            return False
+        old, new = self.shapes.dtype(node.inputs[0]), self.shapes.dtype(node.outputs[0])
+        return old == new or (old in _HALF and new == ir.DataType.FLOAT)
 
     def _unscaled(self, part: Operand, *, scales: bool) -> Operand:
         """``part`` before it was scaled, in the wanted order of axes if it ever had that."""
@@ -102,21 +124,38 @@ class Operands:
                 order = perm(one.value)
                 back = [order.index(axis) for axis in range(len(order))]
                 one = Operand(node.inputs[0], "".join(one.axes[axis] for axis in back))
+            elif self._is_repeated(node) and node.inputs[0] is not None:
+                one, kept = Operand(node.inputs[0], one.axes), None
+            elif (around := self._around(one)) is not None:
+                one = around
             else:
                 return kept or one
+
+    def _around(self, one: Operand) -> Operand | None:
+        """What k is transposed from, in 3-D: heads joined, axes swapped, heads split again.
+
+        So torch's dynamo exporter writes ``k.transpose(-2, -1)`` of 4-D at opset 18.
+        """
+        split = graph.producer(one.value, "Reshape")
+        joined = graph.producer(_source(_source_of(split)), "Reshape")
+        if joined is None or split is None or perm(split.inputs[0]) != [0, 2, 1]:
+            return None
+        source = joined.inputs[0]
+        dims = [self.shapes.dims(v) for v in (source, joined.outputs[0], one.value)]
+        if source is None or any(
+            d is None or len(d) != n for d, n in zip(dims, (4, 3, 4), strict=True)
+        ):
+            return None
+        before, flat, after = (list(d or ()) for d in dims)
+        b, h, rows, columns = before
+        if flat[1:] != [rows, columns] or after != [b, h, columns, rows]:
+            return None
+        return Operand(source, one.axes[:2] + one.axes[:1:-1])
 
     def _keeps_rank(self, node: ir.Node, source: ir.Value) -> bool:
         """A scale of shape [1, 1, 1] would add an axis to a matrix."""
         a, b = self.shapes.dims(source), self.shapes.dims(node.outputs[0])
         return a is None or b is None or len(a) == len(b)
-
-    def _widest(self) -> ir.DataType:
-        kinds = set(self.types)
-        if len(kinds) == 1:
-            return kinds.pop()
-        if ir.DataType.FLOAT in kinds and ir.DataType.DOUBLE not in kinds:
-            return ir.DataType.FLOAT
-        raise NotRaisedError("q, k and v have different types")
 
     def _merged(self, part: Operand) -> tuple[Operand, int] | None:
         """The ``[B, heads, ., .]`` value that a 3-D one is reshaped from, and its heads."""
@@ -136,9 +175,8 @@ class Operands:
         grouped = [self._before_repetition(value) for value in self.inputs[1:]]
         if None not in grouped and len({one[1] for one in grouped if one is not None}) == 1:
             self.inputs[1:] = [one[0] for one in grouped if one is not None]
-        for index, kind in enumerate(self.types):
-            if kind != self.dtype:
-                old = self.inputs[index]
+        for index, old in enumerate(self.inputs):
+            if self.shapes.dtype(old) != self.dtype:
                 new = emit("Cast", old, to=int(self.dtype))
                 self.shapes.declare(new, self.shapes.dims(old), self.dtype)
                 self.inputs[index] = new
