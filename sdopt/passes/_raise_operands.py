@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes._raise_dims import ONE, Dim, Dims, over, times
+from sdopt.passes._raise_dims import ONE, Dim, Dims, over
+from sdopt.passes._raise_grouped import before_repetition
 from sdopt.passes._raise_products import Product, perm
 from sdopt.passes._raise_scale import NotRaisedError, scaled
 from sdopt.passes._raise_scores import Scores
@@ -101,7 +102,7 @@ class Operands:
         return ir.DataType.FLOAT if len(kinds) > 1 else next(k for k in kinds if k is not None)
 
     def _is_repeated(self, node: ir.Node) -> bool:
-        """Whether it is a Cast that ``write`` repeats where needed: from half to float32, or none."""
+        """Whether it is a Cast that ``write`` repeats: to the same type, or of half to float32."""
         if node.op_type != "Cast":
             return False
         old, new = self.shapes.dtype(node.inputs[0]), self.shapes.dtype(node.outputs[0])
@@ -172,7 +173,7 @@ class Operands:
     def write(self, emit: graph.Emitter) -> list[ir.Value]:
         """The three values in one type, and grouped heads as they were before their repetition."""
         self.inputs = [self._whole(part, emit) for part in self.parts]
-        grouped = [self._before_repetition(value) for value in self.inputs[1:]]
+        grouped = [before_repetition(value, self.shapes) for value in self.inputs[1:]]
         if None not in grouped and len({one[1] for one in grouped if one is not None}) == 1:
             self.inputs[1:] = [one[0] for one in grouped if one is not None]
         for index, old in enumerate(self.inputs):
@@ -219,30 +220,6 @@ class Operands:
             new = None if dims is None else [over(dims[0], heads), heads, *dims[1:]]
         self.shapes.declare(out, new, self.shapes.dtype(value))
         return out
-
-    def _before_repetition(self, value: ir.Value) -> tuple[ir.Value, int] | None:
-        """K or v of grouped heads, before Expand and Reshape repeated each head."""
-        reshape = graph.producer(value, "Reshape")
-        expand = graph.producer(reshape.inputs[0], "Expand") if reshape is not None else None
-        flat = expand.inputs[0].producer() if expand is not None and expand.inputs[0] else None
-        if reshape is None or expand is None or flat is None:
-            return None
-        if flat.op_type not in ("Unsqueeze", "Reshape") or flat.inputs[0] is None:
-            return None
-        dims = [
-            self.shapes.dims(one)
-            for one in (flat.inputs[0], flat.outputs[0], expand.outputs[0], value)
-        ]
-        source, one, many, last = [list(d) if d is not None else [] for d in dims]
-        if len(source) != 4 or len(many) != 5 or len(last) != 4 or many[2].known is None:
-            return None
-        batch, groups, length, width = source
-        plain = (
-            one == [batch, groups, ONE, length, width]
-            and many == [batch, groups, many[2], length, width]
-            and last == [batch, times(groups, many[2]), length, width]
-        )
-        return (flat.inputs[0], many[2].known) if plain else None
 
     def put_back(self, out: ir.Value, emit: graph.Emitter) -> list[ir.Node]:
         """Let the readers of the old result read ``out`` of ``[B, heads, S, D]``; dead nodes."""

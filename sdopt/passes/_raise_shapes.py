@@ -18,6 +18,7 @@ from sdopt.passes._raise_dims import (
     Dims,
     broadcast,
     einsum_dims,
+    named,
     over,
     resized,
     times,
@@ -161,6 +162,10 @@ class Shapes:
         if op == "Shape":
             span = slice(graph.attribute(node, "start", 0), graph.attribute(node, "end"))
             return [Dim(len(first[span]))]
+        if op == "Resize":
+            sizes = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
+            scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            return resized(first, sizes, scales, new)
         if op in _SAME:
             return first if index == 0 else None
         if op in _BROADCAST:
@@ -186,11 +191,7 @@ class Shapes:
             return [first[0], dims[1][0], *(new(axis) for axis in range(2, len(first)))]
         if op in ("AveragePool", "MaxPool"):
             return [*first[:2], *(new(axis) for axis in range(2, len(first)))]
-        if op == "Resize":
-            sizes = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
-            scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-            return resized(first, sizes, scales, new)
-        if op == "Pad":
+        if op in ("Resize", "Pad"):
             return [new(axis) for axis in range(len(first))]
         if op in ("Concat", "Split", "Slice"):
             return self._cut(node, first, dims, index)
@@ -269,20 +270,9 @@ def _declared(value: ir.Value) -> Dims | None:
         return None
     new = _fresh(value)
     return [
-        Dim(dim) if isinstance(dim, int) else _named(dim.value) if dim.value else new(i)
+        Dim(dim) if isinstance(dim, int) else named(dim.value) if dim.value else new(i)
         for i, dim in enumerate(shape)
     ]
-
-
-def _named(name: str) -> Dim:
-    """A size that has a name; torch's dynamo exporter calls a product ``2*s77*s53``."""
-    parts = name.split("*")
-    if not all(part.isidentifier() or (part.isdigit() and int(part)) for part in parts):
-        return Dim(1, (("name", name),))
-    size = ONE
-    for part in parts:
-        size = times(size, Dim(int(part)) if part.isdigit() else Dim(1, (("name", part),)))
-    return size
 
 
 def _fresh(value: ir.Value) -> Callable[[int], Dim]:
