@@ -25,6 +25,17 @@ Dims = Sequence[Dim]
 ONE = Dim(1)
 
 
+def named(name: str) -> Dim:
+    """A size that has a name; torch's dynamo exporter calls a product ``2*s77*s53``."""
+    parts = name.split("*")
+    if not all(part.isidentifier() or (part.isdigit() and int(part)) for part in parts):
+        return Dim(1, (("name", name),))
+    size = ONE
+    for part in parts:
+        size = times(size, Dim(int(part)) if part.isdigit() else Dim(1, (("name", part),)))
+    return size
+
+
 def times(a: Dim, b: Dim) -> Dim:
     """The product."""
     return Dim(a.number * b.number, tuple(sorted((*a.unknowns, *b.unknowns), key=repr)))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.passes._raise_dims import ONE, Dim, Dims, over, times
+from sdopt.passes._raise_dims import ONE, Dim, Dims, over
+from sdopt.passes._raise_grouped import before_repetition
 from sdopt.passes._raise_products import Product, perm
 from sdopt.passes._raise_scale import NotRaisedError, scaled
 from sdopt.passes._raise_scores import Scores
@@ -53,10 +54,20 @@ class Operand:
 
 
 _ORDER = "NBHijde"
+_HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 def _ordered(axes: str) -> str:
     return "".join(letter for letter in _ORDER if letter in axes)
+
+
+def _source_of(node: ir.Node | None) -> ir.Value | None:
+    return node.inputs[0] if node is not None else None
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """The first input of what makes ``value``."""
+    return _source_of(value.producer()) if value is not None else None
 
 
 def _one(found: list[int | None]) -> int | None:
@@ -68,6 +79,7 @@ class Operands:
 
     def __init__(self, found: Scores, shapes: Shapes) -> None:
         self.shapes, self.found = shapes, found
+        self.dtype = self._widest((found.q, found.k, found.v))
         self.factors = list(found.factors)
         self.parts = [
             self._unscaled(Operand(value, found.axes[name]), scales=name != "v")
@@ -78,12 +90,23 @@ class Operands:
         for index, source in enumerate(sources):
             if source is not None and source[1] == self.heads:
                 self.parts[index] = self._unscaled(source[0], scales=index < 2)
-        types = [shapes.dtype(part.value) for part in self.parts]
-        self.types = [kind for kind in types if kind is not None]
-        if len(self.types) < len(types):
-            raise NotRaisedError("the types of q, k and v are not known")
-        self.dtype = self._widest()
         self.inputs: list[ir.Value] = []
+
+    def _widest(self, values: tuple[ir.Value, ...]) -> ir.DataType:
+        """The type that the Attention computes in."""
+        kinds = {self.shapes.dtype(value) for value in values}
+        if None in kinds:
+            raise NotRaisedError("the types of q, k and v are not known")
+        if len(kinds) > 1 and not kinds <= _HALF | {ir.DataType.FLOAT}:
+            raise NotRaisedError("q, k and v have different types")
+        return ir.DataType.FLOAT if len(kinds) > 1 else next(k for k in kinds if k is not None)
+
+    def _is_repeated(self, node: ir.Node) -> bool:
+        """Whether it is a Cast that ``write`` repeats: to the same type, or of half to float32."""
+        if node.op_type != "Cast":
+            return False
+        old, new = self.shapes.dtype(node.inputs[0]), self.shapes.dtype(node.outputs[0])
+        return old == new or (old in _HALF and new == ir.DataType.FLOAT)
 
     def _unscaled(self, part: Operand, *, scales: bool) -> Operand:
         """``part`` before it was scaled, in the wanted order of axes if it ever had that."""
@@ -102,21 +125,38 @@ class Operands:
                 order = perm(one.value)
                 back = [order.index(axis) for axis in range(len(order))]
                 one = Operand(node.inputs[0], "".join(one.axes[axis] for axis in back))
+            elif self._is_repeated(node) and node.inputs[0] is not None:
+                one, kept = Operand(node.inputs[0], one.axes), None
+            elif (around := self._around(one)) is not None:
+                one = around
             else:
                 return kept or one
+
+    def _around(self, one: Operand) -> Operand | None:
+        """What k is transposed from, in 3-D: heads joined, axes swapped, heads split again.
+
+        So torch's dynamo exporter writes ``k.transpose(-2, -1)`` of 4-D at opset 18.
+        """
+        split = graph.producer(one.value, "Reshape")
+        joined = graph.producer(_source(_source_of(split)), "Reshape")
+        if joined is None or split is None or perm(split.inputs[0]) != [0, 2, 1]:
+            return None
+        source = joined.inputs[0]
+        dims = [self.shapes.dims(v) for v in (source, joined.outputs[0], one.value)]
+        if source is None or any(
+            d is None or len(d) != n for d, n in zip(dims, (4, 3, 4), strict=True)
+        ):
+            return None
+        before, flat, after = (list(d or ()) for d in dims)
+        b, h, rows, columns = before
+        if flat[1:] != [rows, columns] or after != [b, h, columns, rows]:
+            return None
+        return Operand(source, one.axes[:2] + one.axes[:1:-1])
 
     def _keeps_rank(self, node: ir.Node, source: ir.Value) -> bool:
         """A scale of shape [1, 1, 1] would add an axis to a matrix."""
         a, b = self.shapes.dims(source), self.shapes.dims(node.outputs[0])
         return a is None or b is None or len(a) == len(b)
-
-    def _widest(self) -> ir.DataType:
-        kinds = set(self.types)
-        if len(kinds) == 1:
-            return kinds.pop()
-        if ir.DataType.FLOAT in kinds and ir.DataType.DOUBLE not in kinds:
-            return ir.DataType.FLOAT
-        raise NotRaisedError("q, k and v have different types")
 
     def _merged(self, part: Operand) -> tuple[Operand, int] | None:
         """The ``[B, heads, ., .]`` value that a 3-D one is reshaped from, and its heads."""
@@ -133,12 +173,11 @@ class Operands:
     def write(self, emit: graph.Emitter) -> list[ir.Value]:
         """The three values in one type, and grouped heads as they were before their repetition."""
         self.inputs = [self._whole(part, emit) for part in self.parts]
-        grouped = [self._before_repetition(value) for value in self.inputs[1:]]
+        grouped = [before_repetition(value, self.shapes) for value in self.inputs[1:]]
         if None not in grouped and len({one[1] for one in grouped if one is not None}) == 1:
             self.inputs[1:] = [one[0] for one in grouped if one is not None]
-        for index, kind in enumerate(self.types):
-            if kind != self.dtype:
-                old = self.inputs[index]
+        for index, old in enumerate(self.inputs):
+            if self.shapes.dtype(old) != self.dtype:
                 new = emit("Cast", old, to=int(self.dtype))
                 self.shapes.declare(new, self.shapes.dims(old), self.dtype)
                 self.inputs[index] = new
@@ -181,30 +220,6 @@ class Operands:
             new = None if dims is None else [over(dims[0], heads), heads, *dims[1:]]
         self.shapes.declare(out, new, self.shapes.dtype(value))
         return out
-
-    def _before_repetition(self, value: ir.Value) -> tuple[ir.Value, int] | None:
-        """K or v of grouped heads, before Expand and Reshape repeated each head."""
-        reshape = graph.producer(value, "Reshape")
-        expand = graph.producer(reshape.inputs[0], "Expand") if reshape is not None else None
-        flat = expand.inputs[0].producer() if expand is not None and expand.inputs[0] else None
-        if reshape is None or expand is None or flat is None:
-            return None
-        if flat.op_type not in ("Unsqueeze", "Reshape") or flat.inputs[0] is None:
-            return None
-        dims = [
-            self.shapes.dims(one)
-            for one in (flat.inputs[0], flat.outputs[0], expand.outputs[0], value)
-        ]
-        source, one, many, last = [list(d) if d is not None else [] for d in dims]
-        if len(source) != 4 or len(many) != 5 or len(last) != 4 or many[2].known is None:
-            return None
-        batch, groups, length, width = source
-        plain = (
-            one == [batch, groups, ONE, length, width]
-            and many == [batch, groups, many[2], length, width]
-            and last == [batch, times(groups, many[2]), length, width]
-        )
-        return (flat.inputs[0], many[2].known) if plain else None
 
     def put_back(self, out: ir.Value, emit: graph.Emitter) -> list[ir.Node]:
         """Let the readers of the old result read ``out`` of ``[B, heads, S, D]``; dead nodes."""

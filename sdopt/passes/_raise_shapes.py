@@ -11,36 +11,24 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from sdopt import graph
+from sdopt.passes import _raise_elements
 from sdopt.passes._raise_dims import (
     ONE,
     Dim,
     Dims,
-    arithmetic,
     broadcast,
-    chosen,
     einsum_dims,
-    equal,
-    filled,
+    named,
     over,
     resized,
-    sliced,
     times,
 )
 
 _SAME = frozenset(
     {"Abs", "Cast", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Log"}
     | {"HardSwish", "Identity", "LeakyRelu", "Mish", "Neg", "Reciprocal", "Relu", "Selu"}
-    | {
-        "Sigmoid",
-        "Sin",
-        "Softmax",
-        "Softplus",
-        "Sqrt",
-        "Swish",
-        "Tanh",
-        "Trilu",
-        "InstanceNormalization",
-    }
+    | {"Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "Trilu"}
+    | {"InstanceNormalization"}
     | {"BatchNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"}
 )
 _BROADCAST = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu"})
@@ -54,7 +42,6 @@ _TYPED_BY_FIRST = (
 _TYPED_BY_FIRST |= {"Squeeze", "Unsqueeze", "Split", "Slice", "Concat", "Gather", "Expand"}
 _TYPED_BY_FIRST |= {"Einsum", "Tile", "Sum", "ReduceSum", "Floor", "Ceil", "Round", "Range"}
 _TYPED_BY_FIRST |= {"ReduceMean", "Attention", "AveragePool", "MaxPool", "Resize", "Pad"}
-_PASSED_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity"})
 
 
 class Shapes:
@@ -145,7 +132,7 @@ class Shapes:
                 ]
             self._dims[output] = declared if found is None else found
         if len(node.outputs) == 1:
-            elements = self._evaluate(node)
+            elements = _raise_elements.evaluate(node, self)
             if elements is not None and len(elements) <= 16:
                 self._elements[node.outputs[0]] = elements
                 if len(self.dims(node.outputs[0]) or ()) == 1:
@@ -175,6 +162,10 @@ class Shapes:
         if op == "Shape":
             span = slice(graph.attribute(node, "start", 0), graph.attribute(node, "end"))
             return [Dim(len(first[span]))]
+        if op == "Resize":
+            sizes = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
+            scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            return resized(first, sizes, scales, new)
         if op in _SAME:
             return first if index == 0 else None
         if op in _BROADCAST:
@@ -200,11 +191,7 @@ class Shapes:
             return [first[0], dims[1][0], *(new(axis) for axis in range(2, len(first)))]
         if op in ("AveragePool", "MaxPool"):
             return [*first[:2], *(new(axis) for axis in range(2, len(first)))]
-        if op == "Resize":
-            sizes = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
-            scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-            return resized(first, sizes, scales, new)
-        if op == "Pad":
+        if op in ("Resize", "Pad"):
             return [new(axis) for axis in range(len(first))]
         if op in ("Concat", "Split", "Slice"):
             return self._cut(node, first, dims, index)
@@ -283,44 +270,6 @@ class Shapes:
             size = sizes[index]
         return [*first[:axis], size, *first[axis + 1 :]]
 
-    def _evaluate(self, node: ir.Node) -> Dims | None:
-        op, out = node.op_type, node.outputs[0]
-        if op == "Shape":
-            dims = self.dims(node.inputs[0])
-            span = slice(graph.attribute(node, "start", 0), graph.attribute(node, "end"))
-            return None if dims is None else list(dims)[span]
-        if op == "ConstantOfShape":
-            return filled(self.elements(node.inputs[0]), graph.attribute(node, "value"))
-        if op == "Equal":
-            return equal(*(self.elements(value) for value in node.inputs))
-        if op == "Where":
-            return chosen([self.elements(value) for value in node.inputs])
-        if op not in _PASSED_ON | {"Gather", "Slice", "Concat", "Mul", "Div", "Add", "Sub"}:
-            return None
-        parts = [self.elements(value) for value in node.inputs]
-        first = parts[0] if parts else None
-        if op == "Gather" and graph.attribute(node, "axis", 0) == 0 and parts[1] is not None:
-            places = [int(at.number) for at in parts[1]]
-            if first is not None and all(-len(first) <= at < len(first) for at in places):
-                return [first[at] for at in places]
-            # One number of a vector that nothing is known about is still one number.
-            is_shape = self.dtype(node.inputs[0]) == ir.DataType.INT64
-            return [Dim(1, (("value", id(out)),))] if len(places) == 1 and is_shape else None
-        if op == "Concat":
-            whole = [part for part in parts if part is not None]
-            return [d for part in whole for d in part] if len(whole) == len(parts) else None
-        if first is None:
-            return None
-        if op in _PASSED_ON:
-            return first
-        if op == "Slice":
-            return sliced(first, parts[1:])
-        second = parts[1] if len(parts) > 1 else None
-        kind = self.dtype(node.inputs[0])
-        if second is None or (op == "Div" and kind is not None and kind.is_floating_point()):
-            return None  # a half is lost in whole numbers
-        return arithmetic(op, first, second)
-
 
 def _declared(value: ir.Value) -> Dims | None:
     shape = value.shape
@@ -330,17 +279,9 @@ def _declared(value: ir.Value) -> Dims | None:
         return None
     new = _fresh(value)
     return [
-        Dim(dim) if isinstance(dim, int) else _named(dim.value) if dim.value else new(i)
+        Dim(dim) if isinstance(dim, int) else named(dim.value) if dim.value else new(i)
         for i, dim in enumerate(shape)
     ]
-
-
-def _named(name: str) -> Dim:
-    """A size that has a name; torch's dynamo exporter calls twice ``s77`` ``2*s77``."""
-    number, times_, rest = name.partition("*")
-    if times_ and number.isdigit() and int(number) and rest.isidentifier():
-        return Dim(int(number), (("name", rest),))
-    return Dim(1, (("name", name),))
 
 
 def _fresh(value: ir.Value) -> Callable[[int], Dim]:
