@@ -20,12 +20,14 @@ class Clean(Pass):
 
     Before / After:
         Constant, Shape, Squeeze, Reshape, Concat ...   ->  the numbers, or the one Shape needed
+        Reshape(x, Concat(Shape(x)[0], ..., heads))     ->  Reshape(x, [0, -1, heads])
         SplitToSequence -> SequenceAt                   ->  Split
         Identity, x * 1, Cast to the same type          ->  x
         two equal computations, two equal weights       ->  one
 
     Applies when: always. A Linear's Transpose(W) is never folded, since that would rewrite every
     weight; what needs exp, sin or pow is never folded, since runtimes disagree on the last bit.
+    A shape is written down where no size is 0: a Reshape cannot tell -1 of nothing.
 
     Numerics: exact.
 

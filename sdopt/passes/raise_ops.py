@@ -1,4 +1,4 @@
-"""``raise_ops``: attention, norms and GELU written out by older exporters, as one node each."""
+"""``raise_ops``: attention, norms and activations of any exporter in the form of opset 23."""
 
 from __future__ import annotations
 
@@ -31,21 +31,28 @@ _CANONICAL = {
 
 @dataclass(frozen=True)
 class RaiseOps(Pass):
-    """Write what other exporters spell out as the one node that opset 23 has for it.
+    """Write what other exporters spell out in the one form that opset 23 has for it.
 
     Before / After:
-        opset 11 to 22                                        ->  opset 23
+        opset 11 to 22, local functions                       ->  opset 23, inlined
         MatMul(q, k^T), scale, mask, Softmax, MatMul(., v)    ->  Attention(q, k, v, mask)
         Reshape, InstanceNormalization, Reshape, Mul, Add     ->  GroupNormalization
         ReduceMean, Sub, Pow, ReduceMean, Add, Sqrt, Div      ->  LayerNormalization
         Pow, ReduceMean, Add, Sqrt, Div, Mul                  ->  RMSNormalization
         x * 0.5 * (1 + Erf(x / sqrt(2))), or with Tanh        ->  Gelu
+        Slice(p) * Gelu(Slice(p))                             ->  Split(p), Mul(value, Gelu(gate))
+        x / (1 + exp(-x)), Sigmoid(x) * x, Swish              ->  Mul(x, Sigmoid(x))
 
     Applies when: the dataflow is that, whatever its nodes are called; sizes may be numbers or
-    computed. Attention is found in 4-D, and in 3-D with the heads in the batch. What nearly
-    matches stays, with the reason. Quick-GELU and SiLU have no operator in opset 23 and stay
-    Sigmoid and Mul. A model with an operator that is not known to mean the same in opset 23 is
-    left whole.
+    computed. Attention is found in 4-D, and in 3-D with the heads in the batch; a norm between
+    Casts to float32 becomes one in half precision, which computes in float32 by itself
+    (``stash_type`` 1). What nearly matches stays, with the reason. A model with an operator that
+    is not known to mean the same in opset 23 is left whole.
+
+    Counts ``attention``, ``group_norm``, ``layer_norm``, ``rms_norm``, ``gelu``, ``geglu``,
+    ``silu`` and ``quick_gelu``, those that were there already included. The Gelu of a GEGLU counts
+    as both. SiLU and quick-GELU have no operator in opset 23: their form is Sigmoid and Mul with
+    x first, which fresh exports have.
 
     Numerics: reassociated (one kernel sums in another order than several).
 
