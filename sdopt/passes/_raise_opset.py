@@ -91,8 +91,6 @@ class _Upgrade:
             return "a Resize has a mode that opset 13 dropped" if old_mode else None
         if name == "GroupNormalization" and not self._channels(node):
             return "the channels of a GroupNormalization are not known"
-        if name in _FLATTENING and opset < 13 and self._axis(node) is None:
-            return f"a {name} flattens a value of unknown rank"
         known = name in self.rules or name in _SAME_MEANING
         return None if known else f"{name} is not known to mean the same in opset {OPSET}"
 
@@ -113,24 +111,15 @@ class _Upgrade:
         elif (len(node.inputs) < 2 or node.inputs[1] is None) and self.opset < 18:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 
-    def _axis(self, node: ir.Node) -> int | None:
-        """The first flattened axis, counted from the end: -1 means as in opset 13."""
-        axis, dims = graph.attribute(node, "axis", 1), self.shapes.dims(node.inputs[0])
-        if axis == -1:
-            return -1
-        if dims is None:
-            return None
-        return int(axis) - len(dims) if axis >= 0 else int(axis)
-
     def _softmax(self, node: ir.Node) -> None:
         """Until opset 12 all axes from ``axis`` on were one."""
         if self.opset >= 13:
             return
-        axis, source, out = self._axis(node), node.inputs[0], node.outputs[0]
+        axis, source, out = int(graph.attribute(node, "axis", 1)), node.inputs[0], node.outputs[0]
+        dims = self.shapes.dims(source)
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
-        if axis in (-1, None) or source is None:
+        if source is None or axis == -1 or (dims is not None and axis == len(dims) - 1):
             return
-        assert axis is not None
         emit = self._emit(node)
         flat = emit("Flatten", source, axis=axis)
         soft = emit(node.op_type, flat, axis=-1)
