@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ from sdopt.tolerance import FP32_REASSOCIATED, HALF, Numerics
 
 DATA = Path(loader.DATA_DIR)
 FOLDERS = ("light", "pytorch-converted", "pytorch-operator", "simple")
+SPECS = ("@clean", "@fast", "clean,raise_ops,clean", "fuse_qkv", "lower_group_norm,lower_attention")
+"""What each model goes through: every preset that is not lossy, and the other passes that are not."""
+
 CHUNKS = 16
 """The cases are dealt into this many parts of about equal size."""
 
@@ -241,3 +246,56 @@ def relative(a: np.ndarray, b: np.ndarray, limit: float) -> str:
     norm = float(np.linalg.norm(b[finite]))
     off = float(np.linalg.norm(a[finite] - b[finite]))
     return "" if off <= limit * norm else f"relative L2 {off / norm if norm else off:.1e}"
+
+
+def page(folder: Path) -> str:
+    """docs/zoo.md: how many models of each category, what computed them, what passes changed."""
+    rows: dict[str, Counter[str]] = {}
+    for case_outcomes in _by_case(folder):
+        first = case_outcomes[0]
+        for name in (first.case.category, "all"):
+            row = rows.setdefault(name, Counter())
+            row.update(["models", first.runner])
+            row["changed"] += any(one.changed for one in case_outcomes)
+            row["refused"] += any(one.refused for one in case_outcomes)
+    rows["all"] = rows.pop("all")
+    lines = [
+        "# onnx's backend models through sdopt",
+        "",
+        f"Every model that the package onnx {onnx.__version__} ships for testing backends (the node",
+        "tests, and the light, simple and PyTorch models) goes through these pipelines, as",
+        "`sdopt optimize FILE.onnx -o OUT.onnx --passes ...` runs them:",
+        "",
+        *(f"- `{spec}`" for spec in SPECS),
+        "",
+        "No model crashes a pass and no result changes: exact passes to the bit, the others within",
+        "the tolerance of docs/design.md, in whichever of onnxruntime (optimisations off) and",
+        "onnx's reference evaluator computes the raw model. A file that no pass changes keeps its",
+        "bytes. What neither can compute is checked for its structure only; what is refused is",
+        "refused with an error that says why.",
+        "",
+        "| category | models | by onnxruntime | by the reference evaluator | structure only "
+        "| changed by a pass | refused |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    columns = ("models", "ort", "reference", "none", "changed", "refused")
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |")
+    lines += ["", "Written by `python -m tests.zoo`; `tests/test_zoo.py` runs the same models."]
+    return "\n".join(lines) + "\n"
+
+
+def _by_case(folder: Path) -> Iterator[list[Outcome]]:
+    for case in cases():
+        yield list(outcomes([case], SPECS, folder))
+
+
+def main() -> None:
+    """Write the page."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = page(Path(folder))
+    (Path(__file__).parent.parent / "docs" / "zoo.md").write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from sdopt.passes._raise_dims import Dim, Dims, arithmetic, chosen, equal, fille
 if TYPE_CHECKING:
     from sdopt.passes._raise_shapes import Shapes
 
-_PASSED_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity"})
+_PASSED_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "CastLike", "Identity"})
 
 
 def evaluate(node: ir.Node, shapes: Shapes) -> Dims | None:

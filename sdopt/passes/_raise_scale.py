@@ -37,7 +37,7 @@ def _is_scalar(value: ir.Value, shapes: Shapes) -> bool:
             return len(elements) == 1
         if node.op_type in ("Mul", "Div", "Pow"):
             return all(side is not None and _is_scalar(side, shapes) for side in node.inputs)
-        if node.op_type not in ("Sqrt", "Cast", "Reciprocal") or node.inputs[0] is None:
+        if node.op_type not in ("Sqrt", "Cast", "CastLike", "Reciprocal") or node.inputs[0] is None:
             return False
         value = node.inputs[0]
     return False
@@ -82,7 +82,7 @@ def _factor(value: ir.Value, width: Dim | None, shapes: Shapes) -> tuple[float, 
     node = value.producer()
     if node is not None and elements is None and node.inputs and node.inputs[0] is not None:
         n, p = _factor(node.inputs[0], width, shapes)
-        if node.op_type == "Cast":
+        if node.op_type in ("Cast", "CastLike"):
             return n, p
         if node.op_type == "Sqrt" and n >= 0:
             return n**0.5, p / 2

@@ -15,7 +15,7 @@ from sdopt.passes._raise_shapes import Shapes
 _STEPS = 16
 """Operators that may lie between the two products on one side of the Softmax."""
 
-_SAME = frozenset({"Cast", "Identity", "Dropout"})
+_SAME = frozenset({"Cast", "CastLike", "Identity", "Dropout"})
 _VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 _BETWEEN = frozenset({"Abs", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Relu", "Sub"})
 _BETWEEN |= {"Tanh", "Sigmoid", "Softplus", "Where", "Add", "Exp", "Mod", "Sum"}

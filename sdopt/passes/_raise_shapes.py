@@ -25,7 +25,7 @@ from sdopt.passes._raise_dims import (
 )
 
 _SAME = frozenset(
-    {"Abs", "Cast", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Log"}
+    {"Abs", "Cast", "CastLike", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Log"}
     | {"HardSwish", "Identity", "LeakyRelu", "Mish", "Neg", "Reciprocal", "Relu", "Selu"}
     | {"Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "Trilu"}
     | {"InstanceNormalization"}
@@ -115,6 +115,8 @@ class Shapes:
         for index, output in enumerate(node.outputs):
             if node.op_type == "Cast":
                 self._types[output] = ir.DataType(graph.attribute(node, "to"))
+            elif node.op_type == "CastLike":
+                self._types[output] = self.dtype(node.inputs[1])
             elif node.op_type == "Where":
                 self._types[output] = self.dtype(node.inputs[1])
             elif node.op_type == "Constant" and (tensor := graph.constant_tensor(node)):
