@@ -19,6 +19,7 @@ PASSES: dict[str, str] = {
     "cast_bf16": "sdopt.passes.cast_bf16:CastBf16",
     "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
     "tome": "sdopt.passes.tome:Tome",
+    "quick_gelu": "sdopt.passes.quick_gelu:QuickGelu",
     "flash_attention": "sdopt.passes.flash_attention:FlashAttention",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",

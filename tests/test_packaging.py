@@ -24,8 +24,8 @@ PINS = [
     if line and not line.startswith("#")
 ]
 PINNED = {pin.name.lower().replace("_", "-"): pin for pin in PINS}
-NOT_INSTALLED = {"tensorrt", "tensorrt-rtx"}
-"""Compilers that the tested set leaves to whoever has the device for them."""
+NOT_INSTALLED = {"tensorrt"}
+"""The compiler that the tested set leaves to whoever has the device for it."""
 
 
 def requirements() -> list[Requirement]:

@@ -95,6 +95,8 @@ class HalfCast(Pass):
             ):
                 stays.add(node)
             elif known is None and any(map(_precision.is_float, [*node.inputs, *node.outputs])):
+                if node in stays:
+                    continue
                 ctx.skip(f"{node.op_type} has no known {word} form and stays in fp32", node)
                 stays.add(node)
             elif known is not None and not known[1]:

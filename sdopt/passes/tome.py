@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from sdopt import graph
+from sdopt.passes import _ascend_merging as ascend
 from sdopt.passes import _token_merging as merging
-from sdopt.passes._self_attention import Site, find, token_free_shape
+from sdopt.passes._merging_sites import emitter, merge_around
+from sdopt.passes._self_attention import Site, find
 from sdopt.passes.base import Numerics, Pass, PassContext, Role
 
 MAX_RATIO = 0.75
@@ -34,25 +35,43 @@ class Tome(Pass):
     Numerics: lossy.
 
     Options:
-        blocks: how many self-attentions to merge (``tome=5`` is all of SD1.x and SD2.x).
+        blocks: how many self-attentions to merge (``tome=5`` is all of SD1.x and SD2.x at their
+            highest resolution, ``tome=10`` all of SDXL, whose highest has none; ``--TOME_num`` of
+            Ascend's modify_onnx.py).
         ratio: the share of the tokens that is merged away, up to 0.75.
         seed: draws the destinations; by default the run's seed.
+        spelling: standard (operators of ONNX, the default) or ascend (FindMax, TomeMerged and
+            TomeUnmerged, which only Ascend's compiler knows). Both merge the same tokens with the
+            same seed. Ascend's kernels hold one size per graph, so every size must be fixed; they
+            merge half of up to 4096 sources, compute in fp16 (with casts around them in an fp32
+            graph), and take channels in multiples of 16.
+        generation: of Ascend's kernels, cann8 (the default) or cann7, whose TomeUnmerged is
+            called TomeUnmerge.
     """
 
     blocks: int
     ratio: float = 0.5
     seed: int | None = None
+    spelling: Literal["standard", "ascend"] = "standard"
+    generation: ascend.Generation = "cann8"
 
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     roles: ClassVar[frozenset[Role]] = frozenset({Role.DENOISER, Role.MODEL})
     after: ClassVar[tuple[str, ...]] = ("raise_ops", "pad_align")
     once: ClassVar[bool] = True
+    vendor_ops: ClassVar[frozenset[str]] = ascend.OPERATORS
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, not {self.blocks}")
         if not 0 <= self.ratio <= MAX_RATIO:
             raise ValueError(f"ratio must be from 0 to {MAX_RATIO}, not {self.ratio}")
+        if self.spelling == "ascend" and self.ratio not in (0, ascend.RATE):
+            raise ValueError(
+                f"ratio is {ascend.RATE} with spelling=ascend: its kernels merge half"
+            )
+        if self.spelling == "standard" and self.generation != "cann8":
+            raise ValueError("generation is an option of spelling=ascend")
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Merge around the chosen self-attentions; the rest is reported with its reason."""
@@ -67,8 +86,8 @@ class Tome(Pass):
         chosen = highest[: self.blocks]
         for site in sites:
             if site.level > top:
-                part = 2 ** (site.level - top)
-                ctx.skip(f"its resolution is 1/{part} of the highest", site.attention)
+                share = 2 ** (site.level - top)
+                ctx.skip(f"its resolution is 1/{share} of the highest", site.attention)
             elif site not in chosen:
                 ctx.skip(f"it comes after the first {self.blocks}", site.attention)
         if len(highest) < self.blocks:
@@ -76,46 +95,29 @@ class Tome(Pass):
                 f"asked for {self.blocks} self-attentions, merged {len(highest)}: "
                 "no more at the highest resolution"
             )
+        chosen = self._taken(chosen, ctx)
         if not chosen:
             return
         order = {node: index for index, node in enumerate(model.graph)}
         anchors = [min(site.projections, key=order.__getitem__) for site in chosen]
         seed = ctx.seed if self.seed is None else self.seed
-        emit = _emitter(chosen[0], anchors[0], "partition", ctx)
-        part = merging.partition(emit, chosen[0].image, self.ratio, seed)
+        part: merging.Partition | ascend.Partition
+        if self.spelling == "ascend":
+            emit = emitter(chosen[0], anchors[0], "tome", ctx)
+            part = ascend.partition(emit, chosen[0], seed, self.generation)
+        else:
+            emit = emitter(chosen[0], anchors[0], "tome/partition", ctx)
+            part = merging.partition(emit, chosen[0].image, self.ratio, seed)
         for site, anchor in zip(chosen, anchors, strict=True):
-            _merge_around(site, anchor, part, ctx)
+            merge_around(site, anchor, part, ctx)
             ctx.count("merged self-attention")
 
-
-def _merge_around(site: Site, anchor: ir.Node, part: merging.Partition, ctx: PassContext) -> None:
-    emit = _emitter(site, anchor, "merge", ctx)
-    tokens, rows = merging.merge(emit, part, site.hidden, site.tokens)
-    for projection in site.projections:
-        projection.replace_input_with(0, tokens)
-    for reshape in site.reshapes:
-        if (shape := token_free_shape(reshape)) is not None:
-            reshape.replace_input_with(1, _emitter(site, reshape, "shape", ctx).const(shape))
-            reshape.attributes.pop("allowzero", None)
-    full = site.residual.inputs[site.branch]
-    if full is None:
-        raise TypeError("the branch of a residual Add is never empty")
-    restored = merging.unmerge(_emitter(site, site.residual, "unmerge", ctx), full, rows)
-    restored.shape = full.shape
-    site.residual.replace_input_with(site.branch, restored)
-    _forget_length(site, full)
-
-
-def _emitter(site: Site, anchor: ir.Node, label: str, ctx: PassContext) -> graph.Emitter:
-    """Nodes below ``<the attention's module>.tome``, so that keep-lists can name them."""
-    emit = ctx.emitter(anchor, f"tome/{label}")
-    emit.module = f"{graph.module_path(site.attention)}.tome"
-    return emit
-
-
-def _forget_length(site: Site, full: ir.Value) -> None:
-    """Mark the token axis of every value inside as unknown: it is shorter now."""
-    length = site.tokens.shape[1] if site.tokens.shape is not None else None
-    for value in {*site.inner, full}:
-        if value.shape is not None:
-            value.shape = ir.Shape([None if dim == length else dim for dim in value.shape])
+    def _taken(self, sites: list[Site], ctx: PassContext) -> list[Site]:
+        """Those that the spelling can merge around."""
+        if self.spelling == "standard":
+            return sites
+        reasons = {site.attention: ascend.refusal(site) for site in sites}
+        for site in sites:
+            if (reason := reasons[site.attention]) is not None:
+                ctx.skip(reason, site.attention, kind="self_attention")
+        return [site for site in sites if reasons[site.attention] is None]

@@ -118,19 +118,24 @@ def model(
     mask: bool = False,
     map_bias: bool = True,
     pointwise: bool = False,
+    size: tuple[int, int, int] | None = None,
 ) -> ir.Model:
     """``hidden + to_out(attend(norm(hidden)))`` with each change a near miss or another form.
 
     Weights are drawn in a fixed order before anything is built, so all forms hold the same ones.
+    ``size`` is a fixed batch, height and width; without it they are dynamic.
     """
+    batch, height, across = size or ("B", "H", "W")
+    count: int | str = size[1] * size[2] if size else "N"
     write = _Writer(ir.DataType[kind], ir.DataType[weights_from or kind])
     real = write.kind
     conv = [write.real(WIDTH, 4, 3, 3), write.real(WIDTH)]
     matrices = {name: write.draw.standard_normal((WIDTH, WIDTH)) / 3 for name in "qkvo"}
     extra = write.draw.standard_normal((WIDTH, WIDTH)) / 3
-    sample = ir.Value(name="sample", type=ir.TensorType(real), shape=ir.Shape(["B", 4, "H", "W"]))
+    latent = ir.Shape([batch, 4, height, across])
+    sample = ir.Value(name="sample", type=ir.TensorType(real), shape=latent)
     sequence = ir.Value(
-        name="sequence", type=ir.TensorType(real), shape=ir.Shape(["B", "N", WIDTH])
+        name="sequence", type=ir.TensorType(real), shape=ir.Shape([batch, count, WIDTH])
     )
 
     def linear(x: ir.Value, matrix: np.ndarray) -> ir.Value:
@@ -145,7 +150,7 @@ def model(
     else:
         pads = [1, 1, 1, 1]
     image = write("Conv", sample, *(conv if map_bias else conv[:1]), pads=pads)
-    image.shape = ir.Shape(["B", WIDTH, "H", "W"])
+    image.shape = ir.Shape([batch, WIDTH, height, across])
     hidden = sequence
     if tokens_from == "map" and flatten_first:
         flat = write("Reshape", image, write.ints(0, WIDTH, -1))
@@ -159,7 +164,7 @@ def model(
         hidden = write(
             "Add", hidden, write("Mul", write("Sigmoid", hidden), write.cast(np.zeros(1)))
         )
-    hidden.shape = ir.Shape(["B", "N", WIDTH])
+    hidden.shape = ir.Shape([batch, count, WIDTH])
     if norm == "layer":
         ones, zeros = np.full(WIDTH, norm_scale), np.zeros(WIDTH)
         normed = write("LayerNormalization", hidden, write.cast(ones), write.cast(zeros), axis=-1)
@@ -168,7 +173,7 @@ def model(
         mapped = write("GroupNormalization", image, *scale, num_groups=4)
         last = write("Transpose", mapped, perm=[0, 2, 3, 1])
         normed = write("Reshape", last, write.ints(0, -1, WIDTH))
-    normed.shape = ir.Shape(["B", "N", WIDTH])
+    normed.shape = ir.Shape([batch, count, WIDTH])
 
     sources = {"normed": normed, "hidden": hidden, "context": sequence}
     parts = [
@@ -182,10 +187,10 @@ def model(
             return write.ints(0, -1, *dims)
         if tokens == "baked":
             return write.ints(2, 90, *dims)
-        batch = write("Shape", sample, start=0, end=1)
-        count = write("ReduceProd", write("Shape", image, start=2), write.ints(0), keepdims=1)
-        count.type = ir.TensorType(ir.DataType.INT64)
-        whole = write("Concat", batch, count, *[write.ints(dim) for dim in dims], axis=0)
+        first = write("Shape", sample, start=0, end=1)
+        area = write("ReduceProd", write("Shape", image, start=2), write.ints(0), keepdims=1)
+        area.type = ir.TensorType(ir.DataType.INT64)
+        whole = write("Concat", first, area, *[write.ints(dim) for dim in dims], axis=0)
         whole.type = ir.TensorType(ir.DataType.INT64)
         return whole
 
@@ -208,7 +213,7 @@ def model(
         out = write("Add", out, other)
     if read_twice:
         out = write("Add", out, write("Sigmoid", before))
-    out.shape = ir.Shape(["B", "N", WIDTH])
+    out.shape = ir.Shape([batch, count, WIDTH])
     needs_sequence = tokens_from == "input" or "context" in (keys, values)
     main = ir.Graph(
         [sample, sequence] if needs_sequence else [sample],
