@@ -84,7 +84,7 @@ def split_tokens(height: int, width: int, seed: int) -> tuple[np.ndarray, np.nda
 
 def refusal(site: Site) -> str | None:
     """Why the kernels cannot merge around this attention."""
-    channels, known = site.tokens.shape, _size(site)
+    known, size = _size(site), channels(site.tokens)
     if len(known) < 3:
         return (
             "its batch, height and width are not fixed, and Ascend's kernels hold one size: "
@@ -94,8 +94,7 @@ def refusal(site: Site) -> str | None:
         found = "not known" if site.tokens.dtype is None else site.tokens.dtype.name.lower()
         return f"its type is {found}, and Ascend's kernels merge in float16"
     batch, height, width = known
-    size = channels[2] if channels is not None and len(channels) == 3 else None
-    if not isinstance(size, int) or size % MULTIPLE:
+    if size is None or size % MULTIPLE:
         return f"its channels are {size}, and Ascend's kernels take multiples of {MULTIPLE}"
     destinations = (height // 2) * (width // 2)
     sources = height * width - destinations
@@ -149,7 +148,7 @@ def merge(
         sources with the destination of each, both ``[B, S]``, for ``unmerge``.
     """
     (b, s, d), kept = part.sizes, part.sizes[1] - part.merged
-    kind, c, wide, n = part.dtype, _channels(tokens), _channels(hidden), s + d
+    kind, c, wide, n = part.dtype, channels(tokens), channels(hidden), s + d
     x = _cast(emit, hidden, FLOAT, b, n, wide)
     squares = _stay(emit("Mul", x, x), b, n, wide)
     total = _stay(emit("ReduceSum", squares, emit.const([-1]), keepdims=1), b, n, 1)
@@ -196,15 +195,17 @@ def unmerge(
     part: Partition,
     value: ir.Value,
     found: tuple[ir.Value, ir.Value],
+    c: int | None,
 ) -> ir.Value:
     """Nodes that give every token its merged value ``[B, N, C]``."""
-    (b, s, d), c = part.sizes, _channels(value)
+    b, s, d = part.sizes
     half = _cast(emit, value, HALF, b, s - part.merged + d, c, given=part.dtype)
     full = _say(emit(part.unmerge, half, *part.per_batch, *found), HALF, b, s + d, c)
     return _cast(emit, full, part.dtype, b, s + d, c)
 
 
-def _channels(value: ir.Value) -> int | None:
+def channels(value: ir.Value) -> int | None:
+    """The size of the last axis."""
     size = value.shape[-1] if value.shape is not None else None
     return size if isinstance(size, int) else None
 

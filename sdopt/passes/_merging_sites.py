@@ -41,7 +41,8 @@ def _merged(emit: graph.Emitter, part: Partition, site: Site) -> tuple[ir.Value,
     """The merged tokens, and what restores the full sequence behind the attention."""
     if isinstance(part, ascend.Partition):
         tokens, found = ascend.merge(emit, part, site.hidden, site.tokens)
-        return tokens, lambda behind, value: ascend.unmerge(behind, part, value, found)
+        width = ascend.channels(site.tokens)
+        return tokens, lambda behind, value: ascend.unmerge(behind, part, value, found, width)
     tokens, rows = merging.merge(emit, part, site.hidden, site.tokens)
     return tokens, lambda behind, value: merging.unmerge(behind, value, rows)
 

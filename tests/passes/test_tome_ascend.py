@@ -178,8 +178,8 @@ def test_the_attention_inside_is_known_to_be_shorter() -> None:
     size = (2, 8, 12)
     model = blocks.model(size=size)
     (before,) = run(both(size)[0], feed(size))
-    spec_ = "tome=1:spelling=ascend,flash_attention=duo"
-    merge, lower = Pipeline.parse(spec_).run(model, RunContext())
+    text = "tome=1:spelling=ascend,flash_attention=duo"
+    lower = Pipeline.parse(text).run(model, RunContext())[1]
     assert lower.rewrites == {"attention": 1}
     kernel = next(node for node in model.graph if node.op_type == "FlashAttentionTik")
     assert kernel.outputs[0].shape == ir.Shape([2, blocks.HEADS, 8 * 12 // 2, 40])
