@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import companions
+from benchmarks import companions, make_checkpoint, measure
 from benchmarks import compile as compiling
-from benchmarks import make_checkpoint, measure
 from sdopt import api
 from sdopt.runtime.scheduled import Scheduled, open_stage
 from sdopt.targets.ort import Ort

@@ -12,6 +12,7 @@ from sdopt.passes.deep_cache import DeepCache
 from sdopt.pipeline import Pipeline
 from tests.passes.companion_runs import outputs, run_all, run_pipeline, same_as
 from tests.passes.denoiser import denoiser, feeds
+from tests.passes.denoiser import weights as weights_of
 from tests.toolkit import leaves, model_of, ops, relative_l2, run
 
 
@@ -171,3 +172,24 @@ def test_an_output_inside_a_body_is_left() -> None:
     }"""
     kernels = {"k": np.ones((4, 4, 1, 1), np.float32), "k2": np.ones((4, 8, 1, 1), np.float32)}
     leaves(DeepCache(2), model_of(text, kernels), "a node with a body")
+
+
+def test_a_weight_that_a_caller_may_override_stays_one_in_both_forms() -> None:
+    model, given = denoiser(), feeds()
+    wanted = run(model, given)[0]
+    for name in ("k_in", "k_up"):
+        value = model.graph.initializers[name]
+        value.type, value.shape = (
+            ir.TensorType(ir.DataType.FLOAT),
+            ir.Shape(weights_of()[name].shape),
+        )
+        model.graph.inputs.append(value)
+    run_pipeline(model, "deep_cache=2")
+    attached = companions.of(model)
+    assert attached is not None
+    assert attached.inputs == ("sample", "timestep", "encoder_hidden_states")
+    carried = {"deep_feature": outputs(model, given)["deep_feature"]}
+    np.testing.assert_array_equal(run_all(model, given, carried), wanted)
+    shallow = shallow_of(model).graph
+    assert shallow.initializers["k_in"] in shallow.inputs
+    assert "k_up" not in shallow.initializers

@@ -235,6 +235,36 @@ def test_a_body_may_read_what_was_moved() -> None:
     np.testing.assert_array_equal(run_all(model, given), wanted)
 
 
+def test_a_function_of_the_model_goes_along() -> None:
+    text = """g (float[2] sample, float[2] encoder_hidden_states) => (float[2] y) {
+        t = own.twice(encoder_hidden_states)
+        y = Add(t, sample)
+    }
+    <domain: "own", opset_import: ["" : 23]> twice (a) => (b) { b = Add(a, a) }"""
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23, "own" : 1]>\n{text}')
+    given: Arrays = {
+        name: np.arange(2, dtype=np.float32) for name in ("sample", "encoder_hidden_states")
+    }
+    wanted = run(model, given)[0]
+    model.graph[0].outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph[0].outputs[0].shape = ir.Shape([2])
+    run_pipeline(model, "hoist")
+    assert inputs(model) == ["sample", "t"]
+    np.testing.assert_array_equal(run_all(model, given), wanted)
+
+
+def test_a_value_whose_rank_nobody_states_is_left() -> None:
+    text = """g (float[2] sample, float[2] encoder_hidden_states) => (float[2] y) {
+        t = com.microsoft.Gelu(encoder_hidden_states)
+        y = Add(t, sample)
+    }"""
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n{text}'
+    )
+    leaves(Hoist(), model, "no known type and rank")
+    assert companions.of(model) is None
+
+
 def test_names_that_are_not_there_are_said() -> None:
     leaves(Hoist(prompt=("nothing",)), model_of("g (float[2] x) => (float[2] y) { y = Tanh(x) }"),
            "prompt=nothing names no input")  # fmt: skip
