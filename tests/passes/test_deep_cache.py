@@ -67,6 +67,20 @@ def test_it_composes_with_hoist_and_a_cast() -> None:
     same_as(run_all(model, given), run(plain, given)[0])
 
 
+def test_a_feature_that_is_given_in_half_is_taken_in_half() -> None:
+    """The one node that reads it in the shallow form stays in fp32, what makes it does not."""
+    model = denoiser()
+    run_pipeline(model, "deep_cache=2,cast_fp16:keep=Concat")
+    (taken,) = (v for v in shallow_of(model).graph.inputs if v.name == "deep_feature")
+    assert model.graph.outputs[1].dtype == taken.dtype == ir.DataType.FLOAT16
+    given = {
+        v.name or "": feeds()[v.name or ""].astype(v.dtype.numpy()) for v in model.graph.inputs
+    }
+    full = outputs(model, given)
+    carried = {"deep_feature": full["deep_feature"]}
+    same_as(run_all(model, given, carried), full["out_sample"])
+
+
 def test_a_cast_is_one_recipe_in_both_forms() -> None:
     """So that the weight, which both hold, is written once."""
     model = denoiser()

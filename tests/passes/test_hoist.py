@@ -170,6 +170,21 @@ def test_later_passes_reach_the_companions() -> None:
     assert not set(ops(step)) & {"Identity", "Constant"}
 
 
+def test_a_pass_that_changes_only_a_companion_has_changed_the_model() -> None:
+    model = denoiser()
+    run_pipeline(model, "hoist,clean")
+    step = companions.graphs(model)["step"].graph
+    late = step.outputs[1]
+    copy = ir.node("Identity", [late.producer().inputs[0]])  # type: ignore[union-attr,list-item]
+    copy.outputs[0].name = "copied"
+    step.insert_before(late.producer(), copy)  # type: ignore[arg-type]
+    late.producer().replace_input_with(0, copy.outputs[0])  # type: ignore[union-attr]
+    (report,) = run_pipeline(model, "clean")
+    assert report.changed
+    assert report.op_deltas() == {"Identity": -1}
+    assert not run_pipeline(model, "clean")[0].changed
+
+
 def test_a_second_run_changes_nothing_and_says_why() -> None:
     model = denoiser()
     run_pipeline(model, "hoist")
