@@ -156,7 +156,7 @@ class Attached:
                 name,
                 one.schedule.text,
                 files[name],
-                tuple(v.name or "" for v in one.model.graph.inputs),
+                tuple(v.name or "" for v in needed_inputs(one.model.graph)),
                 tuple(v.name or "" for v in one.model.graph.outputs),
             )
             for name, one in self.graphs.items()
@@ -173,10 +173,15 @@ def of(model: ir.Model) -> Attached | None:
 def attach(model: ir.Model) -> Attached:
     """The companions of a model; without any, what it takes and gives now is remembered."""
     if (found := of(model)) is None:
-        inputs = tuple(value.name or "" for value in model.graph.inputs)
+        inputs = tuple(value.name or "" for value in needed_inputs(model.graph))
         outputs = tuple(value.name or "" for value in model.graph.outputs)
         found = model.meta[_ATTACHED] = Attached(inputs, outputs)
     return found
+
+
+def needed_inputs(one: ir.Graph) -> list[ir.Value]:
+    """The inputs that a caller must give: those that no initializer stands behind."""
+    return [value for value in one.inputs if not value.is_initializer()]
 
 
 def adopt(model: ir.Model, plan: Plan, graphs: Mapping[str, ir.Model]) -> None:
@@ -223,7 +228,7 @@ def settle_types(model: ir.Model) -> None:
             given |= {value.name or "": value.dtype for value in one.model.graph.outputs}
     for each in family(model):
         for value in list(each.graph.inputs):
-            wanted = given.get(value.name or "")
+            wanted = None if value.is_initializer() else given.get(value.name or "")
             if wanted is not None and value.dtype not in (wanted, None):
                 _cast_input(each.graph, value, wanted)
         if each is model:
@@ -264,7 +269,7 @@ def broken_wire(model: ir.Model) -> str | None:
     order = [one for one in ahead if not one[2]]
     order += [("the main graph", model, False), *[one for one in ahead if one[2]]]
     for name, one, in_place in order:
-        for value in one.graph.inputs:
+        for value in needed_inputs(one.graph):
             label = value.name or ""
             if label not in known:
                 return f"{name} takes {label!r}, which nothing gives"

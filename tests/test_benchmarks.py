@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from benchmarks import companions, make_checkpoint, measure
 from benchmarks import compile as compiling
-from benchmarks import make_checkpoint, measure
+from sdopt import api
+from sdopt.runtime.scheduled import Scheduled, open_stage
+from sdopt.targets.ort import Ort
+from tests.runtime import toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,6 +117,20 @@ def test_every_row_can_be_asked_for_alone() -> None:
     assert shown.returncode == 2
     for name in ("export_unet", "optimize", "ort", "onnxsim", "float16"):
         assert name in shown.stderr
+
+
+def test_every_stage_takes_every_step_in_every_round(tmp_path: Path) -> None:
+    bundle = toy.bundle(tmp_path / "bundle")
+    api.optimize(bundle.path, "hoist", components=["unet"])
+    sessions = {
+        stage: open_stage(Ort(threads=1), bundle.file("unet", stage))
+        for stage in ("model", "optimized")
+    }
+    found = companions.measure(sessions, size=8, steps=3, rounds=2)
+    assert {name: len(rounds) for name, rounds in found.items()} == {"model": 2, "optimized": 2}
+    hoisted = sessions["optimized"]
+    assert isinstance(hoisted, Scheduled)
+    assert hoisted.calls == {"main": 6, "prompt": 1, "step": 3}
 
 
 def test_architectures_are_json(checkpoint: Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from sdopt import api
+from sdopt.runtime.scheduled import open_stage
+from sdopt.targets.ort import Ort
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 sys.path.insert(0, str(DIGITS))
@@ -156,19 +158,34 @@ def test_a_deep_cache_still_draws_digits_in_less_time(digits_bundle: Path) -> No
     api.optimize(digits_bundle, "@fast,hoist,deep_cache=2", stage="deep", components=["unet"])
     classifier, _ = digits.train_classifier()
     right: dict[str, float] = {}
-    seconds: dict[str, float] = {}
     pixels: dict[str, np.ndarray] = {}
     for stage in ("optimized", "deep"):
-        start = time.process_time()
         made = list(api.run(digits_bundle, digits.PROMPTS, stage=stage, **settings))
-        seconds[stage] = time.process_time() - start
         labels = [digits.PROMPTS.index(one.prompt) for one in made]
         right[stage] = digits.score([one.image for one in made], labels, classifier).accuracy
         pixels[stage] = np.stack([np.asarray(one.image, np.float64) for one in made])
     assert np.abs(pixels["deep"] - pixels["optimized"]).mean() > 0.1
     assert right["deep"] >= right["optimized"] - 0.15
     assert right["deep"] >= 0.8
-    assert seconds["deep"] < seconds["optimized"]
+    full, deep = (seconds_of(digits_bundle, stage) for stage in ("optimized", "deep"))
+    assert deep < 0.9 * full  # measured: 0.75
+
+
+def seconds_of(bundle: Path, stage: str) -> float:
+    """CPU seconds of eight denoising steps, the best of three rounds on an open session."""
+    session = open_stage(Ort(threads=1), bundle / "unet" / f"{stage}.onnx")
+    rng = np.random.default_rng(0)
+    feeds = {
+        "sample": rng.standard_normal((2, 4, 16, 16), np.float32),
+        "encoder_hidden_states": rng.standard_normal((2, 77, 96), np.float32),
+    }
+    rounds = []
+    for _ in range(3):
+        start = time.process_time()
+        for step in range(900, 100, -100):
+            session.run({**feeds, "timestep": np.array(step, np.float32)})
+        rounds.append(time.process_time() - start)
+    return min(rounds)
 
 
 @pytest.mark.parametrize("stage", ["model", "ort_cpu"])

@@ -64,6 +64,9 @@ class Extraction:
         node = value.producer()
         if value in self._given or value.is_graph_input():
             made = like(self._input(value.name or ""), value)
+            if value.is_initializer():  # a weight that a caller may override stays one
+                made.const_value = value.const_value
+                self._target.graph.register_initializer(made)
         elif node is None:
             if value.const_value is None:
                 raise TypeError(f"{value.name} has neither a producer nor a value")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 PROMPT_INPUTS = (
     "encoder_hidden_states",
@@ -126,6 +127,21 @@ def is_worth_moving(region: Region) -> bool:
     return any(node.op_type not in _VIEWS | {"Cast", "Constant"} for node in region.nodes)
 
 
-def states_rank(value: ir.Value) -> bool:
-    """Whether a value's type and rank are known, as those of a graph input must be."""
-    return value.dtype is not None and value.shape is not None
+def state_types(model: ir.Model, values: Sequence[ir.Value]) -> bool:
+    """State types and shapes of values that graphs hand over; False if one cannot be told.
+
+    Exporters leave intermediate values without them. onnx infers them on a copy, so that nothing
+    else of the model changes, and nothing at all where the answer is no.
+    """
+    missing = [value for value in values if value.dtype is None or value.shape is None]
+    if not missing:
+        return True
+    copy = model.clone()
+    ShapeInferencePass()(copy)
+    made = {value.name: value for node in copy.graph for value in node.outputs}
+    found = [made[value.name] for value in missing]
+    if any(value.dtype is None or value.shape is None for value in found):
+        return False
+    for value, told in zip(missing, found, strict=True):
+        value.type, value.shape = told.type, told.shape
+    return True

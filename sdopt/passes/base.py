@@ -92,7 +92,8 @@ class PassContext:
             one = ir.Graph(
                 [], [], nodes=[], name=name, opset_imports=dict(self.model.opset_imports)
             )
-            made = ir.Model(one, ir_version=self.model.ir_version)
+            functions = [function.clone() for function in self.model.functions.values()]
+            made = ir.Model(one, ir_version=self.model.ir_version, functions=functions)
             attached.graphs[name] = companions.Companion(made, companions.Schedule(schedule))
         return attached.graphs[name].model
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import companions, flops
 from sdopt.passes import _invariant, _skip_connection
@@ -91,8 +90,9 @@ class DeepCache(Pass):
         if feature not in {value for node in nodes for value in node.inputs}:
             ctx.skip("no output depends on the feature", feature.producer() or _WHERE)
             return
-        if not _invariant.states_rank(feature):
-            ShapeInferencePass()(model)  # a graph input needs its type and rank stated
+        if not _invariant.state_types(model, [feature]):
+            ctx.skip("the feature has no known type and rank", feature.producer() or _WHERE)
+            return
         ctx.note(_cost(model, nodes, flops.sizes_of(ctx.config)))
         attached = companions.attach(model)
         attached.clock = clock

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import companions, flops, graph
 from sdopt.passes import _invariant
@@ -70,8 +69,7 @@ class Hoist(Pass):
         if not parts:
             ctx.skip("nothing is computed from the prompt or the timestep alone", _WHERE)
             return
-        ShapeInferencePass()(model)  # exporters leave values without a type; inputs need one
-        if any(not _invariant.states_rank(v) for one in parts.values() for v in one.gives):
+        if not _invariant.state_types(model, [v for one in parts.values() for v in one.gives]):
             ctx.skip("a value to hand over has no known type and rank", _WHERE)
             return
         ctx.note(_saved(model, parts, ctx))

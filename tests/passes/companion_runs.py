@@ -42,7 +42,8 @@ def run_all(
 def outputs(model: ir.Model, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What one graph gives, by name."""
     names = [value.name or "" for value in model.graph.outputs]
-    taken = {v.name or "": values[v.name or ""] for v in model.graph.inputs}
+    needed = companions.needed_inputs(model.graph)
+    taken = {value.name or "": values[value.name or ""] for value in needed}
     return dict(zip(names, run(model, taken), strict=True))
 
 

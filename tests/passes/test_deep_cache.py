@@ -12,6 +12,7 @@ from sdopt.passes.deep_cache import DeepCache
 from sdopt.pipeline import Pipeline
 from tests.passes.companion_runs import outputs, run_all, run_pipeline, same_as
 from tests.passes.denoiser import denoiser, feeds
+from tests.passes.denoiser import weights as weights_of
 from tests.toolkit import leaves, model_of, ops, relative_l2, run
 
 
@@ -64,6 +65,20 @@ def test_it_composes_with_hoist_and_a_cast() -> None:
     assert [*companions.graphs(model)] == ["prompt", "step", "shallow"]
     assert [v.name for v in shallow_of(model).graph.inputs] == ["early", "sample", "deep_feature"]
     same_as(run_all(model, given), run(plain, given)[0])
+
+
+def test_a_feature_that_is_given_in_half_is_taken_in_half() -> None:
+    """The one node that reads it in the shallow form stays in fp32, what makes it does not."""
+    model = denoiser()
+    run_pipeline(model, "deep_cache=2,cast_fp16:keep=Concat")
+    (taken,) = (v for v in shallow_of(model).graph.inputs if v.name == "deep_feature")
+    assert model.graph.outputs[1].dtype == taken.dtype == ir.DataType.FLOAT16
+    given = {
+        v.name or "": feeds()[v.name or ""].astype(v.dtype.numpy()) for v in model.graph.inputs
+    }
+    full = outputs(model, given)
+    carried = {"deep_feature": full["deep_feature"]}
+    same_as(run_all(model, given, carried), full["out_sample"])
 
 
 def test_a_cast_is_one_recipe_in_both_forms() -> None:
@@ -171,3 +186,24 @@ def test_an_output_inside_a_body_is_left() -> None:
     }"""
     kernels = {"k": np.ones((4, 4, 1, 1), np.float32), "k2": np.ones((4, 8, 1, 1), np.float32)}
     leaves(DeepCache(2), model_of(text, kernels), "a node with a body")
+
+
+def test_a_weight_that_a_caller_may_override_stays_one_in_both_forms() -> None:
+    model, given = denoiser(), feeds()
+    wanted = run(model, given)[0]
+    for name in ("k_in", "k_up"):
+        value = model.graph.initializers[name]
+        value.type, value.shape = (
+            ir.TensorType(ir.DataType.FLOAT),
+            ir.Shape(weights_of()[name].shape),
+        )
+        model.graph.inputs.append(value)
+    run_pipeline(model, "deep_cache=2")
+    attached = companions.of(model)
+    assert attached is not None
+    assert attached.inputs == ("sample", "timestep", "encoder_hidden_states")
+    carried = {"deep_feature": outputs(model, given)["deep_feature"]}
+    np.testing.assert_array_equal(run_all(model, given, carried), wanted)
+    shallow = shallow_of(model).graph
+    assert shallow.initializers["k_in"] in shallow.inputs
+    assert "k_up" not in shallow.initializers

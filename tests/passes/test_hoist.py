@@ -170,6 +170,21 @@ def test_later_passes_reach_the_companions() -> None:
     assert not set(ops(step)) & {"Identity", "Constant"}
 
 
+def test_a_pass_that_changes_only_a_companion_has_changed_the_model() -> None:
+    model = denoiser()
+    run_pipeline(model, "hoist,clean")
+    step = companions.graphs(model)["step"].graph
+    late = step.outputs[1]
+    copy = ir.node("Identity", [late.producer().inputs[0]])  # type: ignore[union-attr,list-item]
+    copy.outputs[0].name = "copied"
+    step.insert_before(late.producer(), copy)  # type: ignore[arg-type]
+    late.producer().replace_input_with(0, copy.outputs[0])  # type: ignore[union-attr]
+    (report,) = run_pipeline(model, "clean")
+    assert report.changed
+    assert report.op_deltas() == {"Identity": -1}
+    assert not run_pipeline(model, "clean")[0].changed
+
+
 def test_a_second_run_changes_nothing_and_says_why() -> None:
     model = denoiser()
     run_pipeline(model, "hoist")
@@ -233,6 +248,36 @@ def test_a_body_may_read_what_was_moved() -> None:
     run_pipeline(model, "hoist")
     assert inputs(model) == ["flag", "sample", "t"]
     np.testing.assert_array_equal(run_all(model, given), wanted)
+
+
+def test_a_function_of_the_model_goes_along() -> None:
+    text = """g (float[2] sample, float[2] encoder_hidden_states) => (float[2] y) {
+        t = own.twice(encoder_hidden_states)
+        y = Add(t, sample)
+    }
+    <domain: "own", opset_import: ["" : 23]> twice (a) => (b) { b = Add(a, a) }"""
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23, "own" : 1]>\n{text}')
+    given: Arrays = {
+        name: np.arange(2, dtype=np.float32) for name in ("sample", "encoder_hidden_states")
+    }
+    wanted = run(model, given)[0]
+    model.graph[0].outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph[0].outputs[0].shape = ir.Shape([2])
+    run_pipeline(model, "hoist")
+    assert inputs(model) == ["sample", "t"]
+    np.testing.assert_array_equal(run_all(model, given), wanted)
+
+
+def test_a_value_whose_rank_nobody_states_is_left() -> None:
+    text = """g (float[2] sample, float[2] encoder_hidden_states) => (float[2] y) {
+        t = com.microsoft.Gelu(encoder_hidden_states)
+        y = Add(t, sample)
+    }"""
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n{text}'
+    )
+    leaves(Hoist(), model, "no known type and rank")
+    assert companions.of(model) is None
 
 
 def test_names_that_are_not_there_are_said() -> None:
