@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "lora": "sdopt.passes.lora:Lora",
     "cast_bf16": "sdopt.passes.cast_bf16:CastBf16",
     "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
+    "cfg_parallel": "sdopt.passes.cfg_parallel:CfgParallel",
     "quantize": "sdopt.passes.quantize:Quantize",
     "tome": "sdopt.passes.tome:Tome",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
