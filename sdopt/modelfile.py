@@ -170,10 +170,7 @@ def _named(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTen
     """The same range under another name: a tensor has the name of the value that holds it."""
     if tensor.name == name:
         return tensor
-    return ir.ExternalTensor(
-        tensor.location, tensor.offset, tensor.nbytes, tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=folder,
-    )  # fmt: skip
+    return _range(tensor, str(tensor.location), name, folder)
 
 
 def _serialized(model: ir.Model, path: Path) -> bytes:
@@ -256,9 +253,8 @@ def _move(one: onnx.GraphProto, names: Collection[str]) -> None:
     for node in one.node:
         if node.op_type in names and node.domain in ("", "ai.onnx"):
             node.domain = _VENDORS
-        for attr in node.attribute:
-            for body in [attr.g, *attr.graphs] if attr.HasField("g") else attr.graphs:
-                _move(body, names)
+        for body in [body for attr in node.attribute for body in (attr.g, *attr.graphs)]:
+            _move(body, names)
 
 
 def files_of(path: Path) -> set[str]:
@@ -276,11 +272,8 @@ def files_of(path: Path) -> set[str]:
 def remove_orphans(path: Path) -> None:
     """Remove files of the stage at ``path`` that no ONNX file in its folder needs any more."""
     folder, used = path.parent, files_of(path)
-    names = {
-        p.name
-        for p in folder.iterdir()
-        if datafile.is_data_name(p.name, path.stem) or companions.is_file_name(p.name, path.stem)
-    }
+    kinds = (datafile.is_data_name, companions.is_file_name)
+    names = {p.name for p in folder.iterdir() if any(kind(p.name, path.stem) for kind in kinds)}
     if not names - used:
         return
     for other in folder.glob("*.onnx"):
@@ -297,12 +290,11 @@ def _inside(tensor: ir.ExternalTensor, folder: Path) -> bool:
 def _rebased(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
     """The same range, its location relative to ``folder`` and nothing but offset and length."""
     check_location(tensor)
-    return ir.ExternalTensor(
-        os.path.relpath(os.path.realpath(tensor.path), os.path.realpath(folder)),
-        tensor.offset or 0,
-        tensor.nbytes,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=tensor.name,
-        base_dir=folder,
-    )
+    place = os.path.relpath(os.path.realpath(tensor.path), os.path.realpath(folder))
+    return _range(tensor, place, tensor.name or "", folder)
+
+
+def _range(tensor: ir.ExternalTensor, place: str, name: str, folder: Path) -> ir.ExternalTensor:
+    held = (tensor.offset or 0, tensor.nbytes, tensor.dtype)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(place, *held, shape=shape, name=name, base_dir=folder)

@@ -111,9 +111,7 @@ def sort_nodes(model: ir.Model, where: str) -> bool:
     return True
 
 
-def _first_late(
-    one: ir.Graph, made: set[ir.Value], where: str
-) -> tuple[ir.Node, ir.Value] | None:
+def _first_late(one: ir.Graph, made: set[ir.Value], where: str) -> tuple[ir.Node, ir.Value] | None:
     """The first node that reads a value before it is made; ``made`` grows with the graph."""
     made.update(one.inputs)
     made.update(one.initializers.values())

@@ -34,8 +34,6 @@ class Traps:
 TRAPS = Traps()
 
 
-
-
 def text(
     body: str, weights: Arrays | None = None, opset: int = 23, domains: str = ""
 ) -> onnx.ModelProto:
@@ -187,7 +185,12 @@ def a_weight_that_is_an_output() -> Trap:
 
 @TRAPS.add
 def equal_weights_under_two_names() -> Trap:
-    extra = {"one": np.array(1, np.float32), "uno": np.array(1, np.float32), "ii": np.array([2]), "jj": np.array([2])}
+    extra = {
+        "one": np.array(1, np.float32),
+        "uno": np.array(1, np.float32),
+        "ii": np.array([2]),
+        "jj": np.array([2]),
+    }
     body = """
     g (float[N] x) => (float[N] y, float uno, int64[1] jj, float[M] z) {
         a = Add(x, one)
@@ -243,7 +246,8 @@ def a_loop_body_that_captures_projections() -> Trap:
         >
     }}"""
     return Trap(
-        text(body, projections()), [one | {"n": np.array(n)} for one, n in zip(TOKENS, (0, 2))]
+        text(body, projections()),
+        [one | {"n": np.array(n)} for one, n in zip(TOKENS, (0, 2), strict=False)],
     )
 
 
@@ -426,8 +430,13 @@ def empty_and_zero_dimensional_tensors() -> Trap:
         "hi": np.array([np.iinfo(np.int64).max]),
     }
     body = body.replace("Reshape(x, all)", "Flatten0")
-    body = body.replace("flat = Flatten0", "total = Shape(x) zero = ReduceProd(total) flat = Reshape<allowzero=1>(x, zero)")
-    return Trap(text(body, weights), [{"x": np.zeros((3, 0), np.float32), "s": np.array(2, np.float32)}])
+    body = body.replace(
+        "flat = Flatten0",
+        "total = Shape(x) zero = ReduceProd(total) flat = Reshape<allowzero=1>(x, zero)",
+    )
+    return Trap(
+        text(body, weights), [{"x": np.zeros((3, 0), np.float32), "s": np.array(2, np.float32)}]
+    )
 
 
 @TRAPS.add
@@ -582,7 +591,11 @@ def a_layer_norm_whose_mean_is_read_elsewhere() -> Trap:
         s = Mul(n, gamma)
         y = Add(s, beta)
     }"""
-    weights = {"last": np.array([-1]), "two": np.array(2, np.float32), "eps": np.array(1e-5, np.float32)}
+    weights = {
+        "last": np.array([-1]),
+        "two": np.array(2, np.float32),
+        "eps": np.array(1e-5, np.float32),
+    }
     weights |= {"gamma": floats(8), "beta": floats(8, seed=1)}
     return Trap(text(body, weights), [{"x": floats(3, 8)}, {"x": floats(0, 8)}])
 
@@ -622,7 +635,11 @@ def a_gelu_of_its_own_output_type() -> Trap:
         w = Mul(c2, half2)
     }"""
     weights = {"root": np.float64(2**0.5), "one": np.float64(1), "half": np.float64(0.5)}
-    weights |= {"nearly": np.array(0.7, np.float32), "one2": np.array(1, np.float32), "half2": np.array(0.5, np.float32)}
+    weights |= {
+        "nearly": np.array(0.7, np.float32),
+        "one2": np.array(1, np.float32),
+        "half2": np.array(0.5, np.float32),
+    }
     return Trap(text(body, weights), [{"x": floats(4, dtype=np.float64), "z": floats(4)}])
 
 
@@ -688,7 +705,9 @@ def dropout_that_trains_only_if_asked() -> Trap:
         y = Dropout(x, ratio, training)
     }"""
     weights = {"ratio": np.array(0.0, np.float32), "training": np.array(False)}
-    return Trap(text(body, weights), [{"x": floats(5)}, {"x": floats(5), "training": np.array(True)}])
+    return Trap(
+        text(body, weights), [{"x": floats(5)}, {"x": floats(5), "training": np.array(True)}]
+    )
 
 
 @TRAPS.add
@@ -786,7 +805,9 @@ def names_that_a_pass_would_choose() -> Trap:
     names = {"wq": "b.to_q.weight", "wk": "b.to_k.weight", "wv": "b.to_v.weight"}
     for node in model.graph.node:
         node.name = "b.to_qkv/weight"
-        node.input[:] = ["b.to_qkv/MatMul" if n == "taken" else names.get(n, n) for n in node.input]
+        node.input[:] = [
+            "b.to_qkv/MatMul" if n == "taken" else names.get(n, n) for n in node.input
+        ]
     for tensor in model.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
     model.graph.initializer.append(numpy_helper.from_array(floats(32, 32), "b.to_qkv/MatMul"))
@@ -799,7 +820,8 @@ def a_chain_of_ten_thousand() -> Trap:
     nodes = [helper.make_node("Add", [f"v{i}", "c"], [f"v{i + 1}"]) for i in range(10_000)]
     nodes.append(helper.make_node("Identity", ["v10000"], ["y"]))
     ports = [
-        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N"])] for name in ("v0", "y")
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N"])]
+        for name in ("v0", "y")
     ]
     constant = numpy_helper.from_array(np.array(1, np.float32), "c")
     graph = helper.make_graph(nodes, "g", *ports, [constant])

@@ -31,6 +31,8 @@ EXAMPLES = {
     "cast_fp16": ["cast_fp16", "cast_fp16:keep=io+LayerNormalization+mid_block.*"],
     "graphsurgeon": ["graphsurgeon=tests.passes.gs_scripts.tidy"],
     "quantize": ["quantize=w8", "quantize=w4:block=16:ends=true", "quantize=w8:keep=Conv+mid.*"],
+    "flash_attention": ["flash_attention=ort", "flash_attention=trt:form=decomposed"],
+    "quick_gelu": ["quick_gelu", "quick_gelu:kernel=ascend"],
     "pad_align": ["pad_align", "pad_align:mode=crop", "pad_align:mode=pad"],
 }
 """Specs to try per pass; those that are not listed have no options to vary."""

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "sdopt"
 LAYERS = (
     ("errors",),
     ("spec", "manifest", "shapes"),
+    ("blocks",),
     ("weights",),
     ("graph", "datafile", "session", "safetensors_header", "companions"),
     ("fingerprint", "wellformed"),

@@ -185,7 +185,9 @@ def test_a_cast_counts_the_nodes_that_compute_in_half_and_names_the_others() -> 
 def test_lowered_attentions_are_there_already() -> None:
     model = block("x")
     ShapeInferencePass()(model)
-    first, again = Pipeline.parse("lower_attention,lower_attention").run(model, RunContext())
+    first, again = Pipeline.parse("flash_attention=ort,flash_attention=ort").run(
+        model, RunContext()
+    )
     assert first.coverage() == [Coverage("attention", 1, 0, ())]
     assert again.coverage() == [Coverage("attention", 0, 1, ())]
 

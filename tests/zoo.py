@@ -29,8 +29,14 @@ from sdopt.tolerance import FP32_REASSOCIATED, HALF, Numerics
 
 DATA = Path(loader.DATA_DIR)
 FOLDERS = ("light", "pytorch-converted", "pytorch-operator", "simple")
-SPECS = ("@clean", "@fast", "clean,raise_ops,clean", "fuse_qkv", "lower_group_norm,lower_attention")
-"""What each model goes through: every preset that is not lossy, and the other passes that are not."""
+SPECS = (
+    "@clean",
+    "@fast",
+    "clean,raise_ops,clean",
+    "fuse_qkv",
+    "lower_group_norm,lower_attention",
+)
+"""What each model goes through: the presets and passes that are not lossy."""
 
 CHUNKS = 16
 """The cases are dealt into this many parts of about equal size."""
@@ -57,11 +63,15 @@ def cases() -> tuple[Case, ...]:
         warnings.simplefilter("ignore")
         made = loader.load_node_model_tests()
     found = [Case(one.name, "node", functools.partial(_from_memory, one)) for one in made]
-    for path in sorted((DATA / "light").glob("*.onnx")):
-        found.append(Case(path.stem, "light", functools.partial(_light, path)))
-    for folder in FOLDERS[1:]:
-        for path in sorted((DATA / folder).glob("*/model.onnx")):
-            found.append(Case(path.parent.name, folder, functools.partial(_from_folder, path)))
+    found += [
+        Case(path.stem, "light", functools.partial(_light, path))
+        for path in sorted((DATA / "light").glob("*.onnx"))
+    ]
+    found += [
+        Case(path.parent.name, folder, functools.partial(_from_folder, path))
+        for folder in FOLDERS[1:]
+        for path in sorted((DATA / folder).glob("*/model.onnx"))
+    ]
     return tuple(found)
 
 
@@ -192,7 +202,9 @@ def _outcome(
     try:
         report = api.optimize_file(source, target, spec)
     except SdoptError as error:
-        return outcome(refused=str(error), error="" if isinstance(error, UsageError) else str(error))
+        return outcome(
+            refused=str(error), error="" if isinstance(error, UsageError) else str(error)
+        )
     except Exception as error:
         return outcome(error=f"crash: {type(error).__name__}: {error}")
     changed = any(one.changed for one in report.components[0].passes)
@@ -262,13 +274,13 @@ def page(folder: Path) -> str:
     lines = [
         "# onnx's backend models through sdopt",
         "",
-        f"Every model that the package onnx {onnx.__version__} ships for testing backends (the node",
+        f"Every model that the package onnx {onnx.__version__} ships for testing backends (node",
         "tests, and the light, simple and PyTorch models) goes through these pipelines, as",
         "`sdopt optimize FILE.onnx -o OUT.onnx --passes ...` runs them:",
         "",
         *(f"- `{spec}`" for spec in SPECS),
         "",
-        "No model crashes a pass and no result changes: exact passes to the bit, the others within",
+        "No model crashes a pass, no result changes: exact passes to the bit, the others within",
         "the tolerance of docs/design.md, in whichever of onnxruntime (optimisations off) and",
         "onnx's reference evaluator computes the raw model. A file that no pass changes keeps its",
         "bytes. What neither can compute is checked for its structure only; what is refused is",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import onnx_ir as ir
 
 from sdopt import graph
 from sdopt.passes._raise_dims import Dim, Dims, arithmetic, chosen, equal, filled, sliced
 
-if TYPE_CHECKING:
-    from sdopt.passes._raise_shapes import Shapes
-
 _PASSED_ON = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Cast", "CastLike", "Identity"})
 
 
-def evaluate(node: ir.Node, shapes: Shapes) -> Dims | None:
+def evaluate(node: ir.Node, shapes: Any) -> Dims | None:
     """What the output of a node of shape arithmetic holds, if it is known."""
     op, out = node.op_type, node.outputs[0]
     if op == "Shape":

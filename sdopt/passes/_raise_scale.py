@@ -37,7 +37,10 @@ def _is_scalar(value: ir.Value, shapes: Shapes) -> bool:
             return len(elements) == 1
         if node.op_type in ("Mul", "Div", "Pow"):
             return all(side is not None and _is_scalar(side, shapes) for side in node.inputs)
-        if node.op_type not in ("Sqrt", "Cast", "CastLike", "Reciprocal") or node.inputs[0] is None:
+        if (
+            node.op_type not in ("Sqrt", "Cast", "CastLike", "Reciprocal")
+            or node.inputs[0] is None
+        ):
             return False
         value = node.inputs[0]
     return False

@@ -25,11 +25,11 @@ from sdopt.passes._raise_dims import (
 )
 
 _SAME = frozenset(
-    {"Abs", "Cast", "CastLike", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "Log"}
-    | {"HardSwish", "Identity", "LeakyRelu", "Mish", "Neg", "Reciprocal", "Relu", "Selu"}
-    | {"Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "Trilu"}
-    | {"InstanceNormalization"}
-    | {"BatchNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization"}
+    {"Abs", "Cast", "CastLike", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu"}
+    | {"HardSigmoid", "Log", "HardSwish", "Identity", "LeakyRelu", "Mish", "Neg"}
+    | {"Reciprocal", "Relu", "Selu", "Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt"}
+    | {"Swish", "Tanh", "Trilu", "InstanceNormalization", "BatchNormalization"}
+    | {"GroupNormalization", "LayerNormalization", "RMSNormalization"}
 )
 _BROADCAST = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu"})
 _COMPARES = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
@@ -115,9 +115,7 @@ class Shapes:
         for index, output in enumerate(node.outputs):
             if node.op_type == "Cast":
                 self._types[output] = ir.DataType(graph.attribute(node, "to"))
-            elif node.op_type == "CastLike":
-                self._types[output] = self.dtype(node.inputs[1])
-            elif node.op_type == "Where":
+            elif node.op_type == "CastLike" or node.op_type == "Where":
                 self._types[output] = self.dtype(node.inputs[1])
             elif node.op_type == "Constant" and (tensor := graph.constant_tensor(node)):
                 self._types[output] = tensor.dtype

@@ -37,6 +37,11 @@ class CfgParallel(Pass):
     Numerics: reassociated: a product of fewer rows may sum in another order.
 
     Options: none.
+
+    Counts: ``batch``.
+
+    Example:
+        sdopt optimize BUNDLE --passes clean,cfg_parallel
     """
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED

@@ -76,6 +76,11 @@ class FlashAttention(Pass):
 
     A whole step of examples/digits, both lowerings over the raw graph: 0.77 at a latent of 16x16
     in a batch of 2, 0.74 of 16, 0.82 at 32x32; with 3-D Attention 0.75, 0.86 and 0.88.
+
+    Counts: ``attention``; with form=decomposed ``decomposed_attention``.
+
+    Example:
+        sdopt optimize BUNDLE --passes @fast,flash_attention=trt
     """
 
     kernel: Literal["ort", "trt", "duo", "a2"]

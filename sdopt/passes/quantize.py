@@ -47,6 +47,11 @@ class Quantize(Pass):
         ends: whether first and last layers are quantized too.
         keep: what stays, joined by ``+``: an operator (``Conv``), or a module path, ``*`` for one
             level (``up_blocks.3+mid_block.attentions.*``).
+
+    Counts: ``linear`` and ``conv``.
+
+    Example:
+        sdopt optimize BUNDLE --passes @fast,quantize=w8
     """
 
     mode: Literal["int8", "w8", "w4"]

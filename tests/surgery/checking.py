@@ -106,7 +106,10 @@ def distance(found: list[list[np.ndarray]], wanted: list[list[np.ndarray]]) -> f
 
 def sizes(cell: Cell) -> list[Arrays]:
     """Inputs of the traced size and, where shapes are dynamic, of another one."""
-    return [cells.feeds(cell, other=other) for other in ((False, True) if cell.is_dynamic else (False,))]
+    return [
+        cells.feeds(cell, other=other)
+        for other in ((False, True) if cell.is_dynamic else (False,))
+    ]
 
 
 def check(cell: Cell) -> None:

@@ -1,4 +1,4 @@
-"""Exporting one cell of the surgery matrix as users do: torch's two exporters at their defaults."""
+"""Exporting one cell of the matrix as users do: torch's two exporters at their defaults."""
 
 from __future__ import annotations
 

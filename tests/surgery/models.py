@@ -18,8 +18,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tests.surgery.parameters import parameter
 
 
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """torch 2.13's exporters warn about themselves, and log that torchvision is missing."""
@@ -138,7 +136,7 @@ def parameters(model: str, dtype: str) -> dict[str, np.ndarray]:
 
 
 def arguments(model: str, dtype: str) -> tuple[torch.Tensor, ...]:
-    """What the models are traced with; batch 2, since torch.export takes an axis of 1 for fixed."""
+    """What the models are traced with; batch 2: torch.export takes an axis of 1 for fixed."""
     generator = torch.Generator().manual_seed(1)
     kind = torch.float16 if dtype == "fp16" else torch.float32
     if model == "unet":

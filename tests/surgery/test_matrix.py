@@ -47,7 +47,9 @@ def test_graphs_hold_no_weights_and_no_paths() -> None:
         model = onnx.load_from_string(data)
         verbatim, referred = weightless.elements(model)
         assert verbatim <= 2**20
-        assert referred >= sum(array.size for array in models.parameters(cell.model, "fp32").values())
+        assert referred >= sum(
+            array.size for array in models.parameters(cell.model, "fp32").values()
+        )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

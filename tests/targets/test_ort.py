@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from sdopt import registry, spec
-from sdopt.errors import BuildError, MissingDependencyError, SpecError
+from sdopt.errors import BuildError, MissingDependencyError, SpecError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.targets.base import Dialect
 from sdopt.targets.ort import Ort
@@ -49,7 +49,8 @@ def test_cuda_needs_another_onnxruntime() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["ort:device=1", "ort:search=heuristic", "ort:provider=cuda:threads=2", "ort:device=-1"]
+    "text",
+    ["ort:device=1", "ort:search=heuristic", "ort:provider=cuda:threads=2", "ort:device=-1"],
 )
 def test_options_of_the_other_provider_are_refused(text: str) -> None:
     with pytest.raises(SpecError):
