@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import api, modelfile
 from sdopt.bundle import Bundle
 from sdopt.errors import RequirementError, SpecError
 from sdopt.passes.base import PassContext
 from sdopt.pipeline import Pipeline, RunContext
-from sdopt.report import ComponentReport, Coverage, PassReport, Report, Skip
+from sdopt.report import ComponentReport, PassReport, Report, Skip
 from sdopt.requirements import Requirement, enforce, judge, parse_requirements
 from tests.test_bundle import make_bundle
 from tests.toolkit import model_of
@@ -180,16 +179,6 @@ def test_a_cast_counts_the_nodes_that_compute_in_half_and_names_the_others() -> 
         "If stays in fp32, with all inside",
         "big holds values beyond 65504: kept in fp32",
     ]
-
-
-def test_lowered_attentions_are_there_already() -> None:
-    model = block("x")
-    ShapeInferencePass()(model)
-    first, again = Pipeline.parse("flash_attention=ort,flash_attention=ort").run(
-        model, RunContext()
-    )
-    assert first.coverage() == [Coverage("attention", 1, 0, ())]
-    assert again.coverage() == [Coverage("attention", 0, 1, ())]
 
 
 # The grammar

@@ -42,7 +42,8 @@ def evaluate(node: ir.Node, shapes: Any) -> Dims | None:
     if first is None:
         return None
     if op in _PASSED_ON:
-        return first
+        passed: Dims = first
+        return passed
     if op == "Slice":
         return sliced(first, parts[1:])
     second = parts[1] if len(parts) > 1 else None

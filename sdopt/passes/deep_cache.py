@@ -41,9 +41,6 @@ class DeepCache(Pass):
         cut: which feature; a number says how often the resolution of its join was halved (0; for
             SDXL 1 is the output of its first upsampler), a module path whose output it is.
         step: name of the input that tells the step, for graphs that call it otherwise.
-
-    Example:
-        sdopt optimize BUNDLE --passes @fast,deep_cache=3
     """
 
     every: int

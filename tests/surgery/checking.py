@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
 from sdopt import graph
 from sdopt.pipeline import Pipeline, RunContext
@@ -17,6 +18,10 @@ from tests.toolkit import Arrays, relative_l2
 
 PIPELINE = "clean,raise_ops,clean"
 TOLERANCE = {"fp32": 5e-6, "fp16": 5e-3}
+
+ILL_TYPED = {f"text_encoder-torchscript17-sdpa-{shapes}-fp16" for shapes in ("static", "dynamic")}
+"""Graphs that no runtime takes, so that there are no numbers to compare with: torch 2.13 writes the
+causal mask of a half-precision model in float32, and what reads the sum is of two types."""
 
 WRITTEN_OUT = {"Softmax", "InstanceNormalization", "Erf", "Tanh", "ReduceMean", "Pow", "Sqrt"}
 """What the spellings of attention, norms and GELU are made of, and these models nothing else."""
@@ -117,6 +122,10 @@ def check(cell: Cell) -> None:
     raw = cells.proto(cell)
     model, _ = raised(raw)
     assert_raised(model, cell)
+    if str(cell) in ILL_TYPED:
+        with pytest.raises(Exception, match="bound to different types"):
+            cells.session(raw)
+        return
     inputs = sizes(cell)
     off = distance(outputs(ir.to_proto(model), inputs), outputs(raw, inputs))
     assert off <= TOLERANCE[cell.dtype]
