@@ -20,8 +20,8 @@ PIPELINE = "clean,raise_ops,clean"
 TOLERANCE = {"fp32": 5e-6, "fp16": 5e-3}
 
 ILL_TYPED = {f"text_encoder-torchscript17-sdpa-{shapes}-fp16" for shapes in ("static", "dynamic")}
-"""Graphs that no runtime takes, so that there are no numbers to compare with: torch 2.13 writes the
-causal mask of a half-precision model in float32, and what reads the sum is of two types."""
+"""Graphs that no runtime takes, so that there are no numbers to compare with: torch 2.13 writes
+the causal mask of a half-precision model in float32, and what reads the sum is of two types."""
 
 WRITTEN_OUT = {"Softmax", "InstanceNormalization", "Erf", "Tanh", "ReduceMean", "Pow", "Sqrt"}
 """What the spellings of attention, norms and GELU are made of, and these models nothing else."""
