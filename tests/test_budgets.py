@@ -151,7 +151,7 @@ def test_copying_keeps_holes(three_gib: Path, tmp_path: Path) -> None:
 
 
 def test_sd35_large_is_raised_in_half_a_minute_and_under_1_gb(tmp_path: Path) -> None:
-    """14,707 nodes: torch 2.13's opset 18 export of the transformer, nothing optimized, dynamic."""
+    """14,707 nodes: torch 2.13, opset 18, nothing optimized, every size dynamic."""
     source = tmp_path / "sd35.onnx"
     source.write_bytes(lzma.decompress(SD35.read_bytes()))
     tensors = [v.const_value for v in ir.load(source).graph.initializers.values()]
