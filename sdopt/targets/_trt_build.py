@@ -109,7 +109,9 @@ class Builder:
             self._add_profile(config, network, profile)
         cache = _open_cache(config, settings.timing_cache)
         with _cancellable() as cancelled:
-            config.progress_monitor = _monitor(trt, progress, cancelled)
+            # The library keeps no reference of its own to a monitor written in Python.
+            monitor = _monitor(trt, progress, cancelled)
+            config.progress_monitor = monitor
             plan = self._builder.build_serialized_network(network, config)
         if cancelled():
             raise KeyboardInterrupt
