@@ -36,7 +36,7 @@ def test_live_shapes_stay_and_their_detours_go() -> None:
         y = Reshape(x, shape)
     }""")
     apply(Clean(), model)
-    assert ops(model) == {"Concat": 1, "Reshape": 1, "Shape": 1}
+    assert ops(model) == {"Reshape": 1}  # to [0, 12]: the batch is whatever comes
     for batch in (1, 5):
         x = np.ones((batch, 3, 4), np.float32)
         assert run(model, {"x": x})[0].shape == (batch, 12)
