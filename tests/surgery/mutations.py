@@ -122,7 +122,6 @@ def skip_order(model: ir.Model) -> int:
         for node in model.graph
         if node.op_type == "Concat"
         and len(node.inputs) == 2
-        and node.outputs[0].dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
         and graph.attribute(node, "axis") == 1
     ]
     for node in found:
@@ -133,12 +132,20 @@ def skip_order(model: ir.Model) -> int:
 
 
 def residual(model: ir.Model) -> int:
-    """What is added behind each attention is lost: twice the new, none of the old."""
+    """What is added behind a projection is lost: twice the new, none of the old."""
     found = 0
     for node in model.graph:
-        if node.op_type == "Add" and all(value is not None for value in node.inputs):
-            behind = [graph.producer(value, "MatMul") for value in node.inputs]
-            if behind.count(None) == 1 and node.inputs[behind.index(None)].producer() is not None:  # type: ignore[union-attr]
-                node.replace_input_with(behind.index(None), node.inputs[1 - behind.index(None)])
-                found += 1
+        if node.op_type != "Add":
+            continue
+        projected = [_is_projection(value) for value in node.inputs]
+        if projected.count(True) == 1:
+            new = projected.index(True)
+            node.replace_input_with(1 - new, node.inputs[new])
+            found += 1
     return found
+
+
+def _is_projection(value: ir.Value | None) -> bool:
+    """Whether it is MatMul(x, W) + b."""
+    add = graph.producer(value, "Add")
+    return add is not None and any(graph.producer(one, "MatMul") for one in add.inputs)

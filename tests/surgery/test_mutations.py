@@ -14,7 +14,7 @@ from tests.surgery import cells, checking
 from tests.surgery import mutations as wrong
 from tests.surgery.cells import Cell
 
-UNET = Cell("unet", "torchscript", 17, "eager", "static", "fp32")
+UNET = Cell("unet", "torchscript", 14, "eager", "static", "fp32")
 TEXT = Cell("text_encoder", "torchscript", 14, "sdpa", "dynamic", "fp32")
 VAE = Cell("vae_decoder", "dynamo", 18, "eager", "dynamic", "fp32")
 
@@ -27,7 +27,7 @@ PLANTED: dict[str, tuple[Cell, str, wrong.Edit]] = {
     "k and v swapped": (UNET, "Attention", wrong.swap(1, 2)),
     "one head of its own: q and v swapped": (VAE, "Attention", wrong.swap(0, 2)),
     "head order": (UNET, "Attention", wrong.heads_reversed),
-    "mask dropped": (TEXT, "Attention", wrong.drop(3)),
+    "causal mask dropped": (TEXT, "Attention", wrong.attribute("is_causal", lambda _: 0)),
     "causal where it is not": (VAE, "Attention", wrong.attribute("is_causal", lambda _: 1)),
     "group norm epsilon 1e-6": (
         UNET,

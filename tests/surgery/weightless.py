@@ -27,7 +27,11 @@ def strip(model: onnx.ModelProto, parameters: Mapping[str, np.ndarray]) -> onnx.
     Each initializer that holds the values of a parameter, reshaped or transposed, is left
     without data; its ``external_data`` says which parameter and how.
     """
-    known = {_digest(array): name for name, array in parameters.items()}
+    known = {
+        _digest(array.astype(dtype)): name
+        for name, array in parameters.items()
+        for dtype in {np.dtype(np.float32), array.dtype}
+    }
     slim = onnx.ModelProto()
     slim.CopyFrom(model)
     _forget_sources(slim)
@@ -37,7 +41,11 @@ def strip(model: onnx.ModelProto, parameters: Mapping[str, np.ndarray]) -> onnx.
         array = numpy_helper.to_array(tensor)
         name = known.get(_digest(array)) if array.size >= SMALLEST else None
         if name is not None:
-            entries = {"location": name, **_layout(array, parameters[name])}
+            source = parameters[name]
+            entries = {"location": name, **_layout(array, source)}
+            if array.dtype != source.dtype:
+                # Torch 2.13 makes float32 of some half modules whose mask is float32.
+                entries["rounded"] = source.dtype.name
             dims, kind, own = list(tensor.dims), tensor.data_type, tensor.name
             tensor.Clear()
             tensor.name, tensor.data_type = own, kind
@@ -56,7 +64,8 @@ def fill(slim: onnx.ModelProto) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         source = _numbers(entries["shape"])
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        array = parameter(entries["location"], source, dtype)
+        drawn = parameter(entries["location"], source, np.dtype(entries.get("rounded", dtype)))
+        array = drawn.astype(dtype)
         array = array.transpose(_numbers(entries["perm"])).reshape(tuple(tensor.dims))
         tensor.ClearField("external_data")
         tensor.data_location = onnx.TensorProto.DEFAULT
@@ -64,14 +73,18 @@ def fill(slim: onnx.ModelProto) -> None:
 
 
 def elements(slim: onnx.ModelProto) -> tuple[int, int]:
-    """How many float elements a stripped model holds, and how many it refers to."""
+    """How many float elements a stripped model holds, and how many it refers to.
+
+    A tensor of one value throughout (``baddbmm``'s zeros of [B * heads, S, S]) holds one.
+    """
     held = referred = 0
     for tensor in _tensors(slim.graph):
         size = int(np.prod(tensor.dims))
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             referred += size
         elif tensor.data_type in _FLOATS:
-            held += size
+            array = numpy_helper.to_array(tensor)
+            held += min(size, 1) if (array == array.flat[:1]).all() else size
     return held, referred
 
 
