@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,13 +12,22 @@ import onnx_ir as ir
 import pytest
 
 from sdopt import graph
+from sdopt.errors import BuildError
+from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline, RunContext
 from sdopt.report import PassReport
+from sdopt.targets._trt_build import Builder
+from sdopt.targets.trt_rtx import TrtRtx
 from tests.surgery import cells
 from tests.surgery.cells import Cell
 from tests.toolkit import Arrays, relative_l2
 
 PIPELINE = "clean,raise_ops,clean"
+ROLES = {
+    "unet": Role.DENOISER,
+    "text_encoder": Role.TEXT_ENCODER,
+    "vae_decoder": Role.VAE_DECODER,
+}
 TOLERANCE = {"fp32": 5e-6, "fp16": 5e-3}
 
 ILL_TYPED = {f"text_encoder-torchscript17-sdpa-{shapes}-fp16" for shapes in ("static", "dynamic")}
@@ -118,14 +129,32 @@ def sizes(cell: Cell) -> list[Arrays]:
 
 
 def check(cell: Cell) -> None:
-    """Raise the shipped graph of a cell: N of N, and the same numbers."""
+    """Raise the shipped graph of a cell: N of N, the same numbers, and TensorRT-RTX parses it."""
     raw = cells.proto(cell)
     model, _ = raised(raw)
     assert_raised(model, cell)
     if str(cell) in ILL_TYPED:
         with pytest.raises(Exception, match="bound to different types"):
             cells.session(raw)
+        with pytest.raises(BuildError, match="refuses LayerNormalization"):
+            parse(model, cell)
         return
     inputs = sizes(cell)
     off = distance(outputs(ir.to_proto(model), inputs), outputs(raw, inputs))
     assert off <= TOLERANCE[cell.dtype]
+    assert parse(model, cell) > 0
+
+
+def parse(model: ir.Model, cell: Cell) -> int:
+    """Lower a raised cell for TensorRT-RTX; how many layers its parser makes of it.
+
+    Dynamic ones in single precision are cast to half on the way.
+    """
+    cast = cell.dtype == "fp32" and cell.is_dynamic
+    target = TrtRtx(dtype="fp16" if cast else "")
+    Pipeline.parse(target.lowering(ROLES[cell.model])).run(model, RunContext())
+    target.check_legal(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lowered.onnx"
+        ir.save(model, path)
+        return int(Builder(target.library()).parse(path).num_layers)
