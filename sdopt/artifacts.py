@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from sdopt import datafile
+from sdopt.errors import storage_error
 
 CHUNK = 1 << 20
 """Bytes of an artifact that are hashed at a time."""
+
+_SCRATCH = ".scratch-"
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,23 @@ def writing(path: Path) -> Iterator[Path]:
     """A scratch folder beside ``path`` for a compiler to write into; gone in any case afterwards.
 
     Nothing is under ``path`` but what was there before until ``commit``.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
     """
-    folder = path.with_name(f".{path.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
+    folder = path.with_name(f".{path.name}{_SCRATCH}{os.getpid()}")
     try:
+        folder.mkdir(parents=True)
         yield folder
+    except OSError as error:
+        raise storage_error(error, f"write {path.name}") from error
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(path: Path) -> None:
+    """Remove scratch folders of builds of ``path`` that were killed; call it under the lock."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}{_SCRATCH}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

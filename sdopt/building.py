@@ -128,6 +128,7 @@ def _compile(report: ComponentReport, order: Order, target: Target, force: bool)
     if name is None:
         return
     path = order.lowered.with_name(name)
+    artifacts.tidy(path)
     versions = dict(target.compiler())
     deciding = [report.digest, str(target), versions, [dict(p) for p in order.profiles]]
     key = provenance.key(deciding)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import InterruptedByUserError
@@ -105,6 +106,17 @@ def _component(one: ComponentReport) -> None:
         say(f"  note: {note}")
     for each in one.passes:
         _pass(each)
+    if one.artifact:
+        _artifact(Path(one.file).parent.name, one.artifact)
+
+
+def _artifact(folder: str, one: dict[str, Any]) -> None:
+    """A line of what the compiler made, and what it said of the attentions."""
+    facts = one["facts"]
+    made = "is up to date" if one.get("up_to_date") else f"in {one['seconds']:.1f} s"
+    say(f"  {folder}/{one['file']}: {size(one['size'])} {made}")
+    if facts.get("attentions"):
+        say(f"    {facts['attentions_fused']} of {facts['attentions']} attentions fused")
 
 
 def _pass(one: PassReport) -> None:

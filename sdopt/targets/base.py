@@ -167,7 +167,9 @@ class Target(abc.ABC):
         if missing:
             raise MissingDependencyError(
                 f"the target {self.name()} needs {', '.join(missing)}",
-                hint=f'pip install "sdopt[{self.extra}]"',
+                hint=f'pip install "sdopt[{self.extra}]"'
+                + ", or write the graph and its commands for another machine: --emit-only"
+                * self.compiled,
             )
 
     def versions(self) -> dict[str, str]:
