@@ -29,11 +29,11 @@ def _scramble(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def unet() -> UNet2DConditionModel:
+def unet(widths: tuple[int, ...] = (8, 16, 16, 16)) -> UNet2DConditionModel:
     return _scramble(
         UNet2DConditionModel(
             sample_size=16,
-            block_out_channels=(8, 16, 16, 16),
+            block_out_channels=widths,
             layers_per_block=2,
             attention_head_dim=2,
             cross_attention_dim=24,
@@ -83,15 +83,15 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def save(folder: Path, scratch: Path) -> None:
-    """Write the pipeline in fp32 to ``folder``."""
+def save(folder: Path, scratch: Path, widths: tuple[int, ...] = (8, 16, 16, 16)) -> None:
+    """Write the pipeline in fp32 to ``folder``; ``widths`` are those of the UNet's levels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         StableDiffusionPipeline(
             vae=vae(),
             text_encoder=text_encoder(),
             tokenizer=tokenizer(scratch),
-            unet=unet(),
+            unet=unet(widths),
             scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
