@@ -155,12 +155,25 @@ class TensorRtTarget(Target):
         )
 
     def open(self, path: Path, *, optimize: bool = True) -> Session:
-        """Engines run on a GPU, through ``sdopt.targets.trt_session``."""
-        raise UsageError(
-            f"an engine of {self.name()} cannot be opened as an ONNX file",
-            where=str(path),
-            hint="compare the lowered graph on the CPU: sdopt compare LOWERED.onnx ...",
-        )
+        """The engine beside a lowered graph, or an engine's own file, on the first card.
+
+        ``optimize`` says nothing here: an engine is what it was built to be.
+
+        Raises:
+            UsageError: there is no engine yet.
+            MissingDependencyError: the library or CUDA's bindings are not installed.
+            BuildError: there is no card, or the engine was made for another one.
+        """
+        plan = path if path.suffix == ".plan" else path.with_name(f"{self.stage_name()}.plan")
+        if not plan.is_file():
+            raise UsageError(
+                "there is no engine here",
+                where=str(plan),
+                hint=f"make it: sdopt build --target {self}",
+            )
+        from sdopt.targets.trt_session import TrtSession
+
+        return TrtSession(plan, self.library())
 
     def _check_types(self, order: Order) -> None:
         """See that a quantized build has something quantized in it.

@@ -137,6 +137,16 @@ class Builder:
             raise BuildError("the library refused an optimisation profile", why=self.log.errors())
 
 
+def open_engine(trt: Any, serialized: Any) -> tuple[Log, Any, Any]:
+    """What the library says, what must outlive the engine, and the engine, None if refused."""
+    log = Log()
+    logger = _logger(trt, log)
+    # Before deserialize as before parse: an engine may hold InstanceNormalization as a plugin.
+    trt.init_libnvinfer_plugins(logger, "")
+    runtime = trt.Runtime(logger)
+    return log, (logger, runtime), runtime.deserialize_cuda_engine(serialized)
+
+
 def refused(trt: Any, path: Path, errors: Sequence[Any]) -> BuildError:
     """The parser's errors as one that names node, operator and what to do."""
     first = errors[0]
