@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdopt import companions, registry
 from sdopt.bundle import OPTIMIZED, RAW, Bundle
 from sdopt.errors import UsageError
-from sdopt.exporting import export
+from sdopt.exporting import export as _export
 from sdopt.inspection import inspect
 from sdopt.packing import pack
 from sdopt.pipeline import Pipeline
@@ -34,6 +34,45 @@ __all__ = [
     "record",
     "run",
 ]
+
+
+def export(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: str | None = None,
+    in_place: bool = False,
+    opset: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Export a diffusers folder or Hugging Face Hub id to a bundle of canonical graphs.
+
+    Args:
+        source: a folder, or ``org/name``.
+        output: the bundle's directory; with ``in_place`` it is the source folder itself.
+        components: which ones; all that the source has by default.
+        dtype: ``fp32``, ``fp16`` or ``bf16``; the checkpoint's by default.
+        in_place: write only the graphs, beside the checkpoint, pointing into its files.
+        opset: also write each as plain ONNX of this opset, 11 to 25, on the same weights: short
+            for ``build`` with the target ``onnx:opset=N``.
+        progress: is told what is being done.
+
+    Raises:
+        SourceError, WeightsError, BundleError, StorageError: what was there before is whole.
+    """
+    plain = registry.make("targets", f"onnx:opset={opset}") if opset is not None else None
+    tell = part(progress, 0, 2) if plain is not None else progress
+    report = _export(
+        source, output, components=components, dtype=dtype, in_place=in_place, progress=tell
+    )
+    if plain is not None:
+        tell = part(progress, 1, 2)
+        names = [one.component for one in report.components]
+        built = build(report.bundle, str(plain), components=names, source=RAW, progress=tell)
+        report.components += built.components
+        report.seconds += built.seconds
+    return report
 
 
 def optimize(

@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "lora": "sdopt.passes.lora:Lora",
     "cast_bf16": "sdopt.passes.cast_bf16:CastBf16",
     "cast_fp16": "sdopt.passes.cast_fp16:CastFp16",
+    "cast_fp32": "sdopt.passes.cast_fp32:CastFp32",
     "cfg_parallel": "sdopt.passes.cfg_parallel:CfgParallel",
     "quantize": "sdopt.passes.quantize:Quantize",
     "tome": "sdopt.passes.tome:Tome",
@@ -37,6 +38,7 @@ PASSES: dict[str, str] = {
 """Built-in passes: CLI word to ``module:Class``."""
 
 TARGETS: dict[str, str] = {
+    "onnx": "sdopt.targets.onnx:Onnx",
     "ort": "sdopt.targets.ort:Ort",
     "trt": "sdopt.targets.trt:Trt",
     "trt_rtx": "sdopt.targets.trt_rtx:TrtRtx",

@@ -30,6 +30,10 @@ def export(
         bool,
         typer.Option("--in-place", help="Write the graphs beside the checkpoint; copy nothing."),
     ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="Also as plain ONNX of this opset, 11 to 25: as build -t onnx:opset=N."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a model to a bundle of canonical ONNX graphs; no weight passes through memory."""
@@ -37,7 +41,13 @@ def export(
 
     with render.progress("export") as tell:
         report = api.export(
-            source, output, components=component, dtype=dtype, in_place=in_place, progress=tell
+            source,
+            output,
+            components=component,
+            dtype=dtype,
+            in_place=in_place,
+            opset=opset,
+            progress=tell,
         )
     render.report(report, as_json)
 

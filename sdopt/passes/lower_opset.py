@@ -52,6 +52,7 @@ class LowerOpset(Pass):
         "lora",
         "cast_fp16",
         "cast_bf16",
+        "cast_fp32",
         "cfg_parallel",
         "quantize",
         "tome",
