@@ -25,7 +25,7 @@ def test_a_half_denoiser_computes_in_float32() -> None:
         ir.DataType.FLOAT,
         ir.DataType.INT64,
     }
-    assert ctx.rewrites["weight widened"] == 10
+    assert ctx.rewrites["weight widened"] == 12
     found = run(half, feeds(np.float32))
     assert found[0].dtype == np.float32
     assert 0 < relative_l2(found[0], wanted[0].astype(np.float32)) < 5e-3
