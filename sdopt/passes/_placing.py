@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sdopt.passes._layers import Layer
-from sdopt.passes._quantizing import Grid, quantize
+from sdopt.passes._quantizing import TOPS, Grid, quantize
 from sdopt.passes.base import PassContext
 
 _LOWEST, _HIGHEST = -128, 127
@@ -30,6 +30,7 @@ def activations(
     model: ir.Model,
     layers: Sequence[Layer],
     ranges: Mapping[ir.Value, tuple[float, float]],
+    kind: ir.DataType,
     ctx: PassContext,
 ) -> None:
     """Put one pair for each value in front of the first layer that reads it.
@@ -42,20 +43,22 @@ def activations(
         anchor = min(readers, key=order.__getitem__)
         emit = ctx.emitter(anchor, f"{value.name}/quantize")
         dtype = next(layer.tensor.dtype for layer in layers if layer.x is value)
-        scale, zero = scale_of(low, high, dtype.numpy())
-        parameters = [emit.const(scale, dtype.numpy()), emit.const(zero, np.int8)]
+        scale, zero = scale_of(low, high, dtype.numpy(), kind)
+        parameters = [emit.const(scale, dtype.numpy()), emit.const(zero, kind.numpy())]
         integers = emit("QuantizeLinear", value, *parameters)
-        integers.type, integers.shape = ir.TensorType(ir.DataType.INT8), value.shape
+        integers.type, integers.shape = ir.TensorType(kind), value.shape
         made = emit("DequantizeLinear", integers, *parameters)
         made.type, made.shape = ir.TensorType(dtype), value.shape
         for node in readers:
             node.replace_input_with(0, made)
 
 
-def scale_of(low: float, high: float, dtype: np.dtype) -> tuple[float, int]:
-    """Scale and zero point of int8 for a range that holds 0; of a symmetric range it is 0."""
+def scale_of(
+    low: float, high: float, dtype: np.dtype, kind: ir.DataType = ir.DataType.INT8
+) -> tuple[float, int]:
+    """Scale and zero point for a range that holds 0; of a symmetric range, as of fp8, it is 0."""
     symmetric = low == -high
-    steps = _HIGHEST if symmetric else _HIGHEST - _LOWEST
+    steps = TOPS[kind] if symmetric else _HIGHEST - _LOWEST
     scale = float(np.asarray((high if symmetric else high - low) / steps).astype(dtype))
     if scale == 0:
         return 1.0, 0  # nothing but zeros, or too small for the type

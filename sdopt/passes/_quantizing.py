@@ -1,4 +1,4 @@
-"""Weights as small integers with scales, both computed while they are written."""
+"""Weights as small integers or 8-bit floats with scales, both computed while they are written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sdopt.errors import WeightsError
 _STEP_BYTES = 4 << 20
 """Of float32 held at once; the arithmetic makes a few arrays of that size."""
 
+TOPS = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN: 448}
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -22,7 +24,7 @@ class Grid:
 
     Attributes:
         dtype: INT8 (-127 to 127) or INT4 (-7 to 7); the lowest number stays unused, so that the
-            grid is symmetric.
+            grid is symmetric. Or FLOAT8E4M3FN (-448 to 448), whose steps grow with the number.
         axis: with ``block`` 0 the axis of the output channels, each of which has a scale; else
             the axis that the layer sums over, along which ``block`` numbers share a scale.
         block: see ``axis``; as ``block_size`` of DequantizeLinear, the last block may be shorter.
@@ -34,8 +36,8 @@ class Grid:
 
     @property
     def top(self) -> int:
-        """The largest integer."""
-        return 127 if self.dtype == ir.DataType.INT8 else 7
+        """The largest number."""
+        return TOPS[self.dtype]
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a weight of that shape."""
@@ -82,8 +84,10 @@ class _Recipe:
         for chunk in self._chunks():
             scale = self._rounded(self._largest(np.abs(chunk))) if whole is None else whole
             chunk /= self._spread(scale, chunk.shape)
-            np.rint(chunk, out=chunk)
-            yield np.clip(chunk, -top, top).astype(np.int8).astype(kind).reshape(-1)
+            np.clip(chunk, -top, top, out=chunk)
+            if self.grid.dtype != ir.DataType.FLOAT8E4M3FN:
+                chunk = np.rint(chunk).astype(np.int8)
+            yield chunk.astype(kind).reshape(-1)
 
     @property
     def _is_local(self) -> bool:

@@ -1,4 +1,4 @@
-"""``quantize``: weights, or weights and activations, as 8- or 4-bit integers with scales."""
+"""``quantize``: weights, or weights and activations, as 8- or 4-bit numbers with scales."""
 
 from __future__ import annotations
 
@@ -13,33 +13,40 @@ from sdopt import graph, recorded
 from sdopt.passes import _calibration, _layers, _placing, _quantizing
 from sdopt.passes.base import Numerics, Pass, PassContext
 
-_BITS = {"int8": ir.DataType.INT8, "w8": ir.DataType.INT8, "w4": ir.DataType.INT4}
+_KINDS = {
+    "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "w8": ir.DataType.INT8,
+    "w4": ir.DataType.INT4,
+}
+_CALIBRATED = ("int8", "fp8")
 _FEWEST = 16
 """Of inputs that share a scale in ``w4``: with fewer the scales would outweigh what is saved."""
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Store weights as integers, and with ``int8`` let the layers' inputs be integers too.
+    """Store weights as integers, and with ``int8`` or ``fp8`` the layers' inputs like them.
 
     Before / After:
         MatMul(x, Transpose(W))  ->  MatMul(x, Transpose(DequantizeLinear(W', scales)))
         Conv(x, W, b)            ->  Conv(x, DequantizeLinear(W', scales), b)
-        x of these, int8         ->  DequantizeLinear(QuantizeLinear(x))
+        x of these, int8, fp8    ->  DequantizeLinear(QuantizeLinear(x))
 
     Applies when: a Conv, MatMul or Gemm of the main graph has a float weight. A layer that alone
     reads an input of the graph or alone makes an output stays, and so does what ``keep`` names.
     Integers and scales are computed while they are written; nothing else is read, but for
-    ``int8``: this runs the graph on recorded inputs, with a copy of its weights in a temporary
-    folder (``TMPDIR``). Only inputs of layers get a QuantizeLinear, so a compiler finds the pairs
-    around the matrix products and every other fusion as it was.
+    ``int8`` and ``fp8``: these run the graph on recorded inputs, with a copy of its weights in a
+    temporary folder (``TMPDIR``). Only inputs of layers get a QuantizeLinear, so a compiler finds
+    the pairs around the matrix products and every other fusion as it was.
 
-    Numerics: lossy. Every output channel has a scale in ``int8`` and ``w8``, every ``block``
-    numbers along the inputs in ``w4``; an activation has one. Integers are symmetric around 0.
+    Numerics: lossy. Every output channel has a scale in ``int8``, ``fp8`` and ``w8``, every
+    ``block`` numbers along the inputs in ``w4``; an activation has one. Integers are symmetric
+    around 0; ``fp8`` is E4M3 (ONNX's FLOAT8E4M3FN) up to 448, of cards from Ada on.
 
     Options:
-        mode: ``int8`` (weights and activations), ``w8`` or ``w4`` (weights alone).
-        data: what ``sdopt record`` made; ``int8`` needs it.
+        mode: ``int8`` or ``fp8`` (weights and activations), ``w8`` or ``w4`` (weights alone).
+        data: what ``sdopt record`` made; ``int8`` and ``fp8`` need it.
         calibrate: an activation's range: the ``percentile`` of its magnitudes, or ``minmax``.
         percentile: that much of the numbers is not cut off.
         activations: ``symmetric``, as TensorRT takes them, or ``asymmetric`` (zero points).
@@ -54,7 +61,7 @@ class Quantize(Pass):
         sdopt optimize BUNDLE --passes @fast,quantize=w8
     """
 
-    mode: Literal["int8", "w8", "w4"]
+    mode: Literal["int8", "fp8", "w8", "w4"]
     data: str | None = None
     calibrate: Literal["percentile", "minmax"] = "percentile"
     percentile: float = 99.99
@@ -77,11 +84,13 @@ class Quantize(Pass):
     )
 
     def __post_init__(self) -> None:
-        if self.mode == "int8" and self.data is None:
+        if self.mode in _CALIBRATED and self.data is None:
             raise ValueError(
-                "int8 is calibrated with recorded data: write data=FOLDER, after "
+                f"{self.mode} is calibrated with recorded data: write data=FOLDER, after "
                 "sdopt record BUNDLE --prompts FILE --steps N"
             )
+        if self.mode == "fp8" and self.activations == "asymmetric":
+            raise ValueError("fp8 has no zero points: activations=symmetric")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile must be above 50 and up to 100, not {self.percentile}")
         if self.block < _FEWEST or self.block & (self.block - 1):
@@ -89,7 +98,7 @@ class Quantize(Pass):
 
     def reads(self) -> tuple[str, ...]:
         """The digest of the recorded data that decides the activations' ranges."""
-        if self.mode != "int8" or self.data is None:
+        if self.mode not in _CALIBRATED or self.data is None:
             return ()
         return (recorded.index_digest(Path(self.data).expanduser()),)
 
@@ -98,21 +107,21 @@ class Quantize(Pass):
         layers = _layers.choose(model, self.keep, self.ends, self._unfit, ctx)
         if not layers:
             return
-        if self.mode == "int8" and not self._quantize_inputs(model, layers, ctx):
+        if self.mode in _CALIBRATED and not self._quantize_inputs(model, layers, ctx):
             return
         for layer in layers:
             ctx.count(layer.kind)
         places = {(layer.holder, layer.slot): layer for layer in layers}
         for layer in places.values():
             axis, block = (layer.inputs, self.block) if self.mode == "w4" else (layer.outputs, 0)
-            grid = _quantizing.Grid(_BITS[self.mode], axis, block)
+            grid = _quantizing.Grid(_KINDS[self.mode], axis, block)
             _placing.weight(layer, grid, ctx)
         graph.drop_unused_initializers(model)
 
     def _unfit(self, layer: _layers.Layer, opset: int) -> str | None:
         """Why a layer cannot be quantized in this mode, or None."""
         least = 21 if self.mode == "w4" else 13
-        if layer.tensor.dtype != ir.DataType.FLOAT:
+        if layer.tensor.dtype != ir.DataType.FLOAT or self.mode == "fp8":
             least = max(least, 19)
         if opset < least:
             return f"opset {opset} cannot say it, {least} can: raise_ops first"
@@ -135,6 +144,7 @@ class Quantize(Pass):
         percentile = self.percentile if self.calibrate == "percentile" else None
         symmetric = self.activations == "symmetric"
         found = _calibration.ranges(model, values, recording, samples, percentile, symmetric)
-        _placing.activations(model, layers, dict(zip(values, found, strict=True)), ctx)
+        limits = dict(zip(values, found, strict=True))
+        _placing.activations(model, layers, limits, _KINDS[self.mode], ctx)
         ctx.note(f"{len(values)} activations calibrated on {len(samples)} samples")
         return True

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from sdopt import graph, modelfile
+from sdopt import graph, modelfile, spec
 from sdopt.errors import BuildError, UsageError
+from sdopt.passes.base import Role
 from sdopt.session import Session
 from sdopt.targets._trt_build import Builder, Settings, attentions
 from sdopt.targets.base import Dialect, Order, Target
@@ -57,6 +58,7 @@ class TensorRtTarget(Target):
     strip: bool = False
     refit: bool = False
     cache: str = ""
+    data: str = ""
 
     dialect: ClassVar[Dialect] = DIALECT
     compiled: ClassVar[bool] = True
@@ -67,12 +69,17 @@ class TensorRtTarget(Target):
             raise ValueError("level must be 0 to 5")
         if self.workspace < 0:
             raise ValueError("workspace must be 0 or more MiB")
+        if self.data and self.dtype not in _QUANTIZED:
+            raise ValueError("data calibrates dtype=int8 and dtype=fp8")
 
     @property
     def wants(self) -> str:
         """The cast that the type asks for, and attention as the parser fuses it."""
         cast = f"{_CASTS[self.dtype]}," if self.dtype in _CASTS else ""
-        return f"clean,raise_ops,{cast}flash_attention=trt"
+        lowered = f"clean,raise_ops,{cast}flash_attention=trt"
+        if not self.data:
+            return lowered
+        return f"{lowered},{spec.Item('quantize', (self.dtype,), (('data', (self.data,)),))}"
 
     def stage_name(self) -> str:
         """``trt_fp16``: the library's own word and the type."""
@@ -176,24 +183,26 @@ class TensorRtTarget(Target):
         return TrtSession(plan, self.library())
 
     def _check_types(self, order: Order) -> None:
-        """See that a quantized build has something quantized in it.
+        """See that a quantized build has something quantized in it, in the denoiser at least.
 
         Raises:
             BuildError: with the pass that quantizes.
         """
         wanted = _QUANTIZED.get(self.dtype)
-        if wanted is None:
+        if wanted is None or order.role not in (Role.DENOISER, Role.MODEL):
             return
         model = modelfile.load(order.lowered)
-        quantized = any(
-            node.op_type == "DequantizeLinear" and node.inputs[0] is not None
-            for node in graph.nodes(model)
-        )
-        if not quantized:
+        stored = {
+            value.const_value.dtype
+            for value in modelfile.initializers(model)
+            if value.const_value is not None
+        }
+        if wanted not in stored:
             raise BuildError(
                 f"nothing in {order.component} is in {self.dtype}",
                 why="precision is in the graph: the library has no flag for it",
-                hint="quantize it first: sdopt optimize --passes @fast,quantize=int8:data=...",
+                hint="record inputs with sdopt record, and build with :data=FOLDER; or quantize it "
+                f"first: sdopt optimize --passes @fast,quantize={self.dtype}:data=FOLDER",
             )
 
 

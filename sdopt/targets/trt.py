@@ -15,7 +15,8 @@ class Trt(TensorRtTarget):
     """TensorRT 10 or 11 engines, strongly typed, for the card of the machine that builds them.
 
     Options: ``dtype`` fp32, fp16, bf16, int8 or fp8; ``workspace`` MiB; ``level`` 0 to 5;
-    ``version_compatible``, ``strip``, ``refit``; ``cache``, a file of kernel timings.
+    ``version_compatible``, ``strip``, ``refit``; ``cache``, a file of kernel timings; ``data``,
+    what ``sdopt record`` made, to calibrate int8 or fp8 with.
     """
 
     packages: ClassVar = {"tensorrt": "tensorrt"}

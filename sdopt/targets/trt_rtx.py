@@ -22,7 +22,8 @@ class TrtRtx(TensorRtTarget):
 
     Options: ``sm`` the compute capabilities, such as ``86+89`` (empty: any from 8.0 on); ``dtype``
     fp32, fp16, bf16, int8 or fp8; ``workspace`` MiB; ``level`` 0 to 5; ``version_compatible``,
-    ``refit``; ``strip`` and ``cache`` are TensorRT's own.
+    ``refit``; ``data``, what ``sdopt record`` made, to calibrate int8 or fp8 with; ``strip`` and
+    ``cache`` are TensorRT's own.
     """
 
     sm: tuple[str, ...] = ()

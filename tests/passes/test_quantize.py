@@ -247,6 +247,42 @@ def test_int8_on_a_graph_in_half_precision(data: str) -> None:
     assert 1e-4 < relative_l2(found, wanted) < 0.05
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_fp8_with_activations(data: str, half: bool) -> None:
+    """A number of fp8 has three bits behind the first: it is off by a sixteenth at most."""
+    model = net()
+    wanted = run(model, feeds())[0]
+    if half:
+        apply(CastFp16(("io",)), model)
+    before = ops(model)
+    ctx = apply(Quantize("fp8", data), model)
+    assert ctx.rewrites == {"conv": 1, "linear": 3}
+    assert ops(model) == before | {"QuantizeLinear": 4, "DequantizeLinear": 8}
+    for name in BETWEEN:
+        numbers, scales, node = integers_of(model, f"{name}.float16" if half else name)
+        assert numbers.dtype == ml_dtypes.float8_e4m3fn
+        assert np.abs(numbers.astype(np.float32)).max() == 448
+        back, plain = dequantized(numbers, scales, node).astype(np.float32), net_weights()[name]
+        large = np.abs(plain) > np.abs(plain).max() / 256
+        np.testing.assert_allclose(back[large], plain[large], rtol=1 / 16 + 1e-3)
+    kinds = {n.outputs[0].dtype for n in model.graph if n.op_type == "QuantizeLinear"}
+    assert kinds == {ir.DataType.FLOAT8E4M3FN}
+    assert 1e-3 < relative_l2(run(model, feeds())[0], wanted) < 0.1
+
+
+def test_fp8_has_no_zero_points_and_wants_opset_19(data: str) -> None:
+    with pytest.raises(ValueError, match="no zero points"):
+        Quantize("fp8", data, activations="asymmetric")
+    with pytest.raises(ValueError, match="fp8 is calibrated with recorded data"):
+        Quantize("fp8")
+    model = net(opset=18)
+    ctx = PassContext(model)
+    Quantize("fp8", data).apply(model, ctx)
+    assert not ctx.rewrites
+    reasons = {skip.reason for skip in ctx.skips}
+    assert "opset 18 cannot say it, 19 can: raise_ops first" in reasons
+
+
 def ranges(
     folder: Path, arrays: Sequence[np.ndarray], percentile: float | None, symmetric: bool
 ) -> tuple[float, float]:

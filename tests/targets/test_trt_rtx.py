@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sdopt import artifacts, registry
+from sdopt import api, artifacts, modelfile, recorded, registry
 from sdopt.errors import BuildError, SpecError, UsageError
 from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline, RunContext
@@ -17,6 +17,8 @@ from sdopt.shapes import Request, parse_sizes
 from sdopt.targets.base import Order
 from sdopt.targets.trt import Trt
 from sdopt.targets.trt_rtx import TrtRtx
+from tests import building_bundle
+from tests.passes import denoiser
 from tests.toolkit import model_of
 
 
@@ -105,9 +107,29 @@ def test_quantized_builds_want_something_quantized(tmp_path: Path) -> None:
         target.compile(order(path, "64x64"), tmp_path / "x.plan")
 
 
+@pytest.mark.parametrize(("dtype", "sm"), [("int8", "86"), ("fp8", "89")])
+def test_recorded_inputs_make_a_quantized_engine(tmp_path: Path, dtype: str, sm: str) -> None:
+    building_bundle.make(tmp_path / "b")
+    writer = recorded.Writer(tmp_path / "recorded")
+    for index in range(3):
+        given = denoiser.feeds(batch=2, size=(8, 8), time=float(index))
+        given["timestep"] = np.full(2, index, np.float32)
+        writer.add("unet", given, prompt="a", seed=index, step=index, timestep=1.0)
+    writer.commit("key", {}, {"unet": recorded.Origin("model", "digest")})
+    text = f"trt_rtx:dtype={dtype}:sm={sm}:data={tmp_path / 'recorded'}"
+    assert registry.make("targets", str(registry.make("targets", text))).data  # type: ignore[attr-defined]
+    sizes = {"shapes": "64x64..128x128", "dims": {"sequence_length": (5, 5)}}
+    (unet,) = api.build(tmp_path / "b", text, **sizes).components  # type: ignore[arg-type]
+    assert unet.artifact["size"] > 100_000
+    lowered = modelfile.load(Path(unet.file))
+    kinds = [value.const_value.dtype.name for value in modelfile.initializers(lowered)]  # type: ignore[union-attr]
+    assert kinds.count({"int8": "INT8", "fp8": "FLOAT8E4M3FN"}[dtype]) >= 4
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("trt_rtx:dtype=fp16:data=x", "data calibrates dtype=int8 and dtype=fp8"),
         ("trt_rtx:sm=90", "does not build for compute capability 90"),
         ("trt_rtx:dtype=fp8:sm=86", "has no fp8"),
         ("trt_rtx:dtype=bf16:sm=75", "has no bf16"),
