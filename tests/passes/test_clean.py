@@ -74,6 +74,36 @@ def test_a_sequence_used_otherwise_is_left_and_reported() -> None:
     )
 
 
+def test_a_sequence_that_is_an_output_stays_one() -> None:
+    model = model_of(
+        """g (float[6] x) => (float[3] a, seq(float[3]) parts) {
+            parts = SplitToSequence<axis=0>(x, size)
+            a = SequenceAt(parts, at)
+        }""",
+        {"size": np.array(3), "at": np.array(0)},
+    )
+    leaves(Clean(), model, "a sequence is used for more than picking its parts")
+
+
+def test_a_part_that_is_not_there_is_left_to_the_runtime_to_refuse() -> None:
+    model = model_of(
+        """g (float[6] x, bool c) => (float[N] y) {
+            parts = SplitToSequence<axis=0>(x, size)
+            y = If (c) <
+                then_branch = t () => (float[N] a) { a = SequenceAt(parts, two) },
+                else_branch = e () => (float[N] b) { b = SequenceAt(parts, zero) }
+            >
+        }""",
+        {"size": np.array(3), "two": np.array(2), "zero": np.array(0)},
+    )
+    leaves(Clean(), model, "a part is asked for that the sequence does not have")
+
+
+def test_a_dropout_whose_mask_is_an_output_stays() -> None:
+    model = model_of("g (float[N] x) => (float[N] y, bool[N] m) { y, m = Dropout(x) }")
+    leaves(Clean(), model)
+
+
 def test_no_ops_go_and_the_output_keeps_its_name() -> None:
     model = model_of(
         """g (float[2,3,4] x) => (float[2,3,4] y) {
