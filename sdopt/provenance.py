@@ -37,7 +37,7 @@ def _installed(package: str) -> str:
 
 def history_of(reports: Sequence[PassReport]) -> tuple[Step, ...]:
     """What a stage's record keeps of a run."""
-    return tuple(Step(r.spec, r.numerics, r.changed, r.intent) for r in reports)
+    return tuple(Step(r.spec, r.numerics, r.changed, r.intent, r.reads) for r in reports)
 
 
 def dominant_dtype(model: ir.Model) -> str:
