@@ -127,12 +127,16 @@ def sequence_to_split(node: ir.Node, ctx: PassContext) -> bool:
     if node.op_type != "SplitToSequence" or node.inputs[0] is None:
         return False
     axis = graph.attribute(node, "axis", 0)
-    picks = {user: graph.scalar(user.inputs[1]) for user in node.outputs[0].consumers()}
+    picks = {
+        user: graph.scalar(user.inputs[1]) if user.op_type == "SequenceAt" else None
+        for user in node.outputs[0].consumers()
+    }
     shape = node.inputs[0].shape
-    length = shape[axis] if shape is not None else None
+    known = shape is not None and -len(shape) <= axis < len(shape)
+    length = shape[axis] if shape is not None and known else None
     sizes = graph.constant(node.inputs[1]) if len(node.inputs) > 1 else None
     whole = node.outputs[0].is_graph_output()
-    if whole or any(user.op_type != "SequenceAt" or at is None for user, at in picks.items()):
+    if whole or None in picks.values():
         ctx.skip("a sequence is used for more than picking its parts", node)
         return False
     if sizes is None or (sizes.ndim == 0 and not isinstance(length, int)):
@@ -151,7 +155,8 @@ def sequence_to_split(node: ir.Node, ctx: PassContext) -> bool:
     for user, at in picks.items():
         assert at is not None
         part, old = parts[int(at)], user.outputs[0]
-        part.type, part.shape = old.type, old.shape
+        if old.type is not None:
+            part.type, part.shape = old.type, old.shape
         graph.replace_uses(old, part)
         user.graph.remove(user, safe=True)  # type: ignore[union-attr]
     graph.remove_dead([node])

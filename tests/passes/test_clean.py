@@ -85,6 +85,28 @@ def test_a_sequence_that_is_an_output_stays_one() -> None:
     leaves(Clean(), model, "a sequence is used for more than picking its parts")
 
 
+def test_the_length_of_a_sequence_is_left() -> None:
+    model = model_of("""g (float[6] x) => (int64 n) {
+        parts = SplitToSequence<axis=0>(x)
+        n = SequenceLength(parts)
+    }""")
+    leaves(Clean(), model, "a sequence is used for more than picking its parts")
+
+
+def test_one_part_picked_twice_keeps_the_type_that_is_known() -> None:
+    model = model_of(
+        """g (float[4,6] x) => (float[2,6] a) {
+            parts = SplitToSequence<axis=0>(x, size)
+            a = SequenceAt(parts, one)
+            unused = SequenceAt(parts, last)
+        }""",
+        {"size": np.array(2), "one": np.array(1), "last": np.array(-1)},
+    )
+    apply(Clean(), model)
+    assert ops(model) == {"Split": 1}
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
 def test_a_part_that_is_not_there_is_left_to_the_runtime_to_refuse() -> None:
     model = model_of(
         """g (float[6] x, bool c) => (float[N] y) {
