@@ -126,6 +126,18 @@ def test_a_dropout_whose_mask_is_an_output_stays() -> None:
     leaves(Clean(), model)
 
 
+def test_folding_what_overflows_says_nothing() -> None:
+    """pytest makes numpy's warning an error, and a user should not see it."""
+    model = model_of(
+        "g (float[2] x) => (float[2] y) { h = Cast<to=10>(big) f = Cast<to=1>(h) y = Min(x, f) }",
+        {"big": np.array([1e6], np.float32)},
+    )
+    apply(Clean(), model)
+    assert ops(model) == {"Min": 1}
+    x = np.array([1, -2], np.float32)
+    np.testing.assert_array_equal(run(model, {"x": x})[0], x)
+
+
 def test_no_ops_go_and_the_output_keeps_its_name() -> None:
     model = model_of(
         """g (float[2,3,4] x) => (float[2,3,4] y) {
