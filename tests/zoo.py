@@ -26,7 +26,7 @@ from sdopt.manifest import RECORD_KEY
 from sdopt.pipeline import Pipeline
 from sdopt.tolerance import Numerics
 from tests.microsoft_ops import MICROSOFT, standard
-from tests.zoo_cases import CHUNKS, Case, Feeds, chunk
+from tests.zoo_cases import CHUNKS, FOLDERS, Case, Feeds, chunk
 from tests.zoo_numbers import RUNNERS, difference, raw_result
 
 SPECS = (
@@ -226,10 +226,10 @@ def versions() -> dict[str, str]:
 
 def page(recorded: Mapping[str, Any]) -> str:
     """docs/zoo.md, from what ``COUNTS`` holds."""
-    rows: dict[str, Counter[str]] = {}
+    rows: dict[str, Counter[str]] = {name: Counter() for name in ("node", *FOLDERS)}
     for one in recorded["chunks"]:
         for category, row in one.items():
-            rows.setdefault(category, Counter()).update(row)
+            rows[category].update(row)
     rows["all"] = sum(rows.values(), Counter())
     known = recorded["versions"]
     lines = [

@@ -10,11 +10,11 @@ from onnx.reference.op_run import OpRun
 
 from sdopt import graph, spec
 from sdopt.errors import SpecError
-from sdopt.passes.base import Numerics, PassContext
+from sdopt.passes.base import Numerics
 from sdopt.passes.flash_attention import FlashAttention
 from sdopt.passes.fuse_qkv import FuseQkv
 from sdopt.passes.lower_attention import LowerAttention
-from tests.passes.attention_graphs import Sizes, bare, block, feeds, hidden_rows
+from tests.passes.attention_graphs import Sizes, bare, block, feeds
 from tests.toolkit import apply, leaves, ops, relative_l2, run
 
 ORT = FlashAttention("ort")
@@ -67,30 +67,6 @@ def test_every_mask_becomes_a_bias_that_covers_queries_and_keys(mask: str) -> No
     assert ("Expand" in ops(model)) is not whole
     for one, wanted in zip(given, before, strict=True):
         assert relative_l2(run(model, one)[0], wanted) < TIGHT
-
-
-@pytest.mark.parametrize("mask", ["bool[S,T]", "bool[B,1,S,T]"])
-@pytest.mark.parametrize("opset", [17, 23])
-def test_a_query_that_sees_no_key_becomes_zero(mask: str, opset: int) -> None:
-    model = block(mask=mask)
-    given = hidden_rows(model, **LENGTHS[0])
-    (before,) = run(model, given)
-    assert not before[:, 1].any()
-    model.opset_imports[""] = opset  # only Attention needs 23, and the pass takes it away
-    ORT.apply(model, PassContext(model))
-    (after,) = run(model, given)
-    assert not after[:, 1].any()
-    assert relative_l2(after, before) < TIGHT
-
-
-@pytest.mark.parametrize(
-    ("mask", "sizes", "attributes"),
-    [("bool[B,4,S,T]", Sizes(), ""), ("bool[S,S]", Sizes(keys="S"), "<is_causal=1>")],
-)
-def test_a_mask_that_may_hide_a_query_from_some_heads_only_is_left(
-    mask: str, sizes: Sizes, attributes: str
-) -> None:
-    leaves(ORT, block(sizes, mask=mask, attributes=attributes), "may hide all keys of a query")
 
 
 def test_causal_with_as_many_keys_as_queries() -> None:
