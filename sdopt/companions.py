@@ -21,6 +21,9 @@ from sdopt.manifest import read_object
 PLAN_KEY = "sdopt.companions"
 """Metadata key of a main graph: its ``Plan`` as JSON."""
 
+_FREE_WEIGHTS = 4
+"""The IR version since which a weight need not be an input as well."""
+
 SCHEMA = 1
 _ATTACHED = "sdopt.companions"
 _FILE = re.compile(r"([^/\\]+)-[a-z_]+-[0-9a-f]{12}\.onnx")
@@ -233,6 +236,14 @@ def settle_types(model: ir.Model) -> None:
                 _cast_input(each.graph, value, wanted)
         if each is model:
             given |= {value.name or "": value.dtype for value in each.graph.outputs}
+
+
+def settle_ir_versions(model: ir.Model) -> None:
+    """Raise an IR version below 4, where every weight must be an input, if one is not."""
+    for each in family(model):
+        weights = each.graph.initializers.values()
+        if each.ir_version < _FREE_WEIGHTS and not all(v.is_graph_input() for v in weights):
+            each.ir_version = _FREE_WEIGHTS
 
 
 def _cast_input(one: ir.Graph, value: ir.Value, wanted: ir.DataType) -> None:

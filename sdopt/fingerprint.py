@@ -28,6 +28,8 @@ def fingerprint(model: ir.Model) -> str:
             return (*head, tensor.path, tensor.offset)
         if isinstance(tensor, ir.LazyTensor):
             return (*head, id(tensor))
+        if isinstance(tensor, ir.StringTensor):
+            return (*head, list(tensor.string_data()))
         return (*head, hashlib.blake2b(tensor.tobytes()).hexdigest())
 
     def graph_key(graph: ir.Graph) -> None:

@@ -20,13 +20,20 @@ RECORD_KEY = "sdopt.record"
 class Step:
     """One pass in a stage's history: the text it was parsed from, how exact it is, what it means.
 
-    ``numerics`` and ``intent`` are values of the enumerations in ``sdopt.tolerance``.
+    ``numerics`` and ``intent`` are values of the enumerations in ``sdopt.tolerance``; ``reads``
+    are digests of the files that the text names: the same text with other files is another step.
     """
 
     spec: str
     numerics: str
     changed: bool = True
     intent: str = "same"
+    reads: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Step:
+        """A step from the JSON object of a record; one of an older sdopt has no digests."""
+        return cls(**{**_known(cls, data), "reads": tuple(data.get("reads", ()))})
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class StageRecord:
         """
         data = read_object(text, where)
         try:
-            history = tuple(Step(**_known(Step, step)) for step in data.pop("history"))
+            history = tuple(map(Step.of, data.pop("history")))
             return cls(**_known(cls, data), history=history)
         except (KeyError, TypeError, AttributeError) as error:
             raise _unreadable(where, error) from error

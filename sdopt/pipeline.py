@@ -130,6 +130,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
     seconds = time.perf_counter() - start
     changed = fingerprint(model) != before
     if changed:
+        companions.settle_ir_versions(model)
         for name, each in {"": model, **companions.graphs(model)}.items():
             _check(one, each, signatures.get(name), run.component, vendor_ops)
         if why := companions.broken_wire(model):
@@ -152,6 +153,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
         new_bytes=sum(size for key, size in new.items() if key not in known),
         changed=changed,
         present=_sum(c.present for c in contexts.values()),
+        reads=one.reads(),
     )
 
 

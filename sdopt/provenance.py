@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -26,12 +27,17 @@ def key(deciding: Sequence[object]) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of packages, and of sdopt itself."""
-    return {"sdopt": sdopt.__version__, **{name: metadata.version(name) for name in packages}}
+    return {"sdopt": sdopt.__version__, **{name: _installed(name) for name in packages}}
+
+
+@cache
+def _installed(package: str) -> str:
+    return metadata.version(package)
 
 
 def history_of(reports: Sequence[PassReport]) -> tuple[Step, ...]:
     """What a stage's record keeps of a run."""
-    return tuple(Step(r.spec, r.numerics, r.changed, r.intent) for r in reports)
+    return tuple(Step(r.spec, r.numerics, r.changed, r.intent, r.reads) for r in reports)
 
 
 def dominant_dtype(model: ir.Model) -> str:

@@ -90,7 +90,8 @@ class PassReport:
     ``rewrites`` maps what was rewritten to how often: a kind in one word (``attention``), whose
     places are found, done or left, or words that only tally (``no-op removed``). ``present`` maps
     the kind of what had the wanted form already. ``ops_before`` and ``ops_after`` count operators;
-    ``new_bytes`` are bytes of computed weights still to be written; ``seconds`` is wall time.
+    ``new_bytes`` are bytes of computed weights still to be written; ``seconds`` is wall time;
+    ``reads`` are digests of the files that the options name.
     """
 
     spec: str
@@ -107,6 +108,7 @@ class PassReport:
     changed: bool
     present: dict[str, int] = field(default_factory=dict)
     intent: str = "same"
+    reads: tuple[str, ...] = ()
 
     def coverage(self) -> list[Coverage]:
         """What was found and what became of it, kind by kind."""

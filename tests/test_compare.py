@@ -338,6 +338,13 @@ def test_a_stage_with_an_adapter_is_not_judged_against_one_without(tmp_path: Pat
     assert found.components[0].outputs[0].relative_l2 > 1e-2
     # What both went through is nothing between them: rounding is judged as ever.
     assert verdicts(compare(merged, again)) == {"plain": "same"}
+    # The same words with another file behind them are another adapter.
+    factors["down"] *= 1 + 1e-5
+    save_file({key.format(word): array for word, array in factors.items()}, adapter)
+    api.optimize_file(plain, again, f"lora={adapter}")
+    found = compare(merged, again)
+    assert verdicts(found) == {"plain": "unjudged"}
+    assert found.components[0].passes == (f"lora={adapter}",) * 2
 
 
 @pytest.mark.parametrize("history", [(), (LOSSY,)])

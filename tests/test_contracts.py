@@ -7,39 +7,20 @@ import inspect
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
-from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from sdopt import registry, spec
+from sdopt.cli.app import app
 from sdopt.fingerprint import fingerprint
-from sdopt.manifest import Step
+from sdopt.manifest import RECORD_KEY, StageRecord, Step
 from sdopt.passes.base import Numerics, Pass, PassContext
 from sdopt.passes.presets import PRESETS
 from sdopt.pipeline import Pipeline, RunContext
+from tests.specs import EXAMPLES, NAMES, SPECS, write_adapter
 from tests.toolkit import model_of
-
-ADAPTER = "adapter.safetensors"
-"""A file for the block of these tests, written beside each."""
-
-EXAMPLES = {
-    "deep_cache": ["deep_cache=3", "deep_cache=0:steps=1+2+4", "deep_cache=2:cut=1:step=sigma"],
-    "hoist": ["hoist", "hoist:prompt=context+pooled:step=sigma"],
-    "tome": ["tome=1", "tome=5:ratio=0.25", "tome=2:seed=3"],
-    "lora": [f"lora={ADAPTER}", f"lora={ADAPTER}:scale=0.5"],
-    "cast_bf16": ["cast_bf16", "cast_bf16:keep=io+LayerNormalization+mid_block.*"],
-    "cast_fp16": ["cast_fp16", "cast_fp16:keep=io+LayerNormalization+mid_block.*"],
-    "graphsurgeon": ["graphsurgeon=tests.passes.gs_scripts.tidy"],
-    "quantize": ["quantize=w8", "quantize=w4:block=16:ends=true", "quantize=w8:keep=Conv+mid.*"],
-    "flash_attention": ["flash_attention=ort", "flash_attention=trt:form=decomposed"],
-    "lower_opset": ["lower_opset=20", "lower_opset=11"],
-    "quick_gelu": ["quick_gelu", "quick_gelu:kernel=ascend"],
-    "pad_align": ["pad_align", "pad_align:mode=crop", "pad_align:mode=pad"],
-}
-"""Specs to try per pass; those that are not listed have no options to vary."""
-
-NAMES = sorted(registry.table("passes"))
-SPECS = [text for name in NAMES for text in EXAMPLES.get(name, [name])]
 
 
 def parse(text: str) -> Pass:
@@ -51,13 +32,7 @@ def parse(text: str) -> Pass:
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file that lora's examples name, in the folder that the test runs in."""
     monkeypatch.chdir(tmp_path)
-    factors = {
-        f"w{one}.lora_{kind}.weight": s
-        for one in "qkvo"
-        for kind, s in (("down", (4, 32)), ("up", (32, 4)))
-    }
-    rng = np.random.default_rng(1)
-    save_file({f"lora_unet_{n}": rng.standard_normal(s) for n, s in factors.items()}, ADAPTER)
+    write_adapter(tmp_path)
 
 
 @pytest.fixture
@@ -135,6 +110,70 @@ def test_the_text_of_a_pass_parses_back_to_it(text: str) -> None:
 def test_an_empty_graph_is_fine(text: str) -> None:
     model = model_of("g (float[2] x) => (float[2] y) { y = Identity(x) }")
     Pipeline.parse(text).run(model, RunContext())
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_a_graph_that_gives_nothing_to_do_stays_to_the_byte(text: str) -> None:
+    one = parse(text)
+    model = nothing_for(one)
+    before = serialized(model)
+    one.apply(model, PassContext(model))
+    assert serialized(model) == before
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_a_file_that_gives_nothing_to_do_keeps_its_bytes(text: str, tmp_path: Path) -> None:
+    """What ``sdopt optimize FILE -o FILE`` writes is the input and, behind it, the record."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    source.write_bytes(serialized(nothing_for(parse(text))))
+    found = CliRunner().invoke(app, ["optimize", str(source), "-o", str(out), "--passes", text])
+    assert found.exit_code == 0, found.output
+    written = out.read_bytes()
+    assert written.startswith(source.read_bytes())
+    behind = onnx.ModelProto.FromString(written[source.stat().st_size :])
+    assert [entry.key for entry in behind.metadata_props] == [RECORD_KEY]
+    (step,) = StageRecord.loads(behind.metadata_props[0].value, str(out)).history
+    assert (step.spec, step.changed) == (text, False)
+    del behind.metadata_props[:]
+    assert behind == onnx.ModelProto()
+
+
+def nothing_for(one: Pass) -> ir.Model:
+    """An integer graph with names, metadata, a body and an unused opset that nobody rewrites.
+
+    What lora looks for is a weight that its adapter names, and merging it is something to do:
+    it gets a graph into which the adapter was merged before.
+    """
+    model = model_of(
+        """g (int64[N,3] x, bool flag) => (int64[N,3] y) {
+            a = Add(x, w)
+            y = If (flag) <
+                then_branch = t () => (int64[N,3] b) { b = Neg(a) },
+                else_branch = e () => (int64[N,3] c) { c = Mul(a, x) }
+            >
+        }""",
+        {"w": np.arange(3)},
+        opset=getattr(one, "opset", 23),
+    )
+    if one.name() == "lora":
+        weights = {f"w{each}": np.ones((32, 32), np.float32) for each in "qkvo"}
+        body = "a = MatMul(x, wq) b = MatMul(a, wk) c = MatMul(b, wv) y = MatMul(c, wo)"
+        model = model_of(f"g (float[N,32] x) => (float[N,32] y) {{ {body} }}", weights)
+        one.apply(model, PassContext(model))
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+    model.producer_name, model.doc_string = "someone", "theirs"
+    model.metadata_props["theirs"] = "kept"
+    model.opset_imports["theirs"] = 7
+    for index, node in enumerate(model.graph):
+        node.name, node.doc_string = f"node {index}", "as written"
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'block']"
+    return model
+
+
+def serialized(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize("text", SPECS)

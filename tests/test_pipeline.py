@@ -166,3 +166,18 @@ def test_a_plug_in_that_cannot_be_imported_is_named(plug_in: Path) -> None:
     registry.table.cache_clear()
     with pytest.raises(SdoptError, match="the plug-in behind 'gone' cannot be loaded"):
         registry.resolve("passes", "gone")
+
+
+@pytest.mark.parametrize(("version", "expected"), [(3, 4), (8, 8)])
+def test_a_weight_that_is_no_input_raises_an_ir_version_that_has_none(
+    version: int, expected: int
+) -> None:
+    model = model_of("""g (float[2] x) => (float[2] y) {
+        two = Constant<value_float=2.0>()
+        y = Mul(x, two)
+    }""")
+    model.ir_version, model.opset_imports[""] = version, 12
+    (report,) = Pipeline.parse("clean").run(model, RunContext())
+    assert report.changed
+    assert len(model.graph.initializers) == 1
+    assert model.ir_version == expected

@@ -6,148 +6,62 @@
 from __future__ import annotations
 
 import functools
+import json
+import sys
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnx.backend.test.loader as loader
+import onnx_ir as ir
 import onnxruntime as ort
-from onnx import numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from sdopt import api
 from sdopt.errors import SdoptError, UsageError
 from sdopt.manifest import RECORD_KEY
 from sdopt.pipeline import Pipeline
-from sdopt.tolerance import FP32_REASSOCIATED, HALF, Numerics
+from sdopt.tolerance import Numerics
+from tests.microsoft_ops import MICROSOFT, standard
+from tests.zoo_cases import CHUNKS, FOLDERS, Case, Feeds, chunk
+from tests.zoo_numbers import RUNNERS, difference, raw_result
 
-DATA = Path(loader.DATA_DIR)
-FOLDERS = ("light", "pytorch-converted", "pytorch-operator", "simple")
 SPECS = (
     "@clean",
     "@fast",
     "clean,raise_ops,clean",
     "fuse_qkv",
     "lower_group_norm,lower_attention",
+    "flash_attention=ort,fuse_geglu,lower_channels_last,fuse_skip_norm",
 )
 """What each model goes through: the presets and passes that are not lossy."""
 
-CHUNKS = 16
-"""The cases are dealt into this many parts of about equal size."""
-
-Feeds = Mapping[str, Any]
-Runner = Callable[[onnx.ModelProto, Feeds], list[Any]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model, with the inputs that onnx ships for it."""
-
-    name: str
-    category: str
-    load: Callable[[], tuple[onnx.ModelProto, Feeds, Sequence[Any]]]
-    """The model, what to feed it, and what onnx says comes out (empty if it does not say)."""
-
-
-@functools.cache
-def cases() -> tuple[Case, ...]:
-    """Every model of the package: the node tests, which it generates, and the folders."""
-    with warnings.catch_warnings():
-        # onnx 1.23's own generators overflow and divide by zero on purpose.
-        warnings.simplefilter("ignore")
-        made = loader.load_node_model_tests()
-    found = [Case(one.name, "node", functools.partial(_from_memory, one)) for one in made]
-    found += [
-        Case(path.stem, "light", functools.partial(_light, path))
-        for path in sorted((DATA / "light").glob("*.onnx"))
+DRAWS = frozenset(
+    [
+        *("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike"),
+        *("RandomUniform", "RandomUniformLike"),
     ]
-    found += [
-        Case(path.parent.name, folder, functools.partial(_from_folder, path))
-        for folder in FOLDERS[1:]
-        for path in sorted((DATA / folder).glob("*/model.onnx"))
-    ]
-    return tuple(found)
+)
+"""Operators that give other numbers at every run, unless they have a seed."""
 
+COUNTS = Path(__file__).with_name("zoo_counts.json")
+"""What a run gave, chunk by chunk, under which versions."""
 
-def chunk(index: int) -> tuple[Case, ...]:
-    """One of ``CHUNKS`` parts."""
-    return cases()[index::CHUNKS]
+PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
+COLUMNS = {
+    "models": "models",
+    "ort": "by onnxruntime",
+    "reference": "by the reference evaluator",
+    "random": "by type and shape",
+    "none": "structure only",
+    "changed": "changed by a pass",
+    "refused": "refused",
+}
 
-
-def _from_memory(case: Any) -> tuple[onnx.ModelProto, Feeds, Sequence[Any]]:
-    inputs, outputs = case.data_sets[0]
-    names = [one.name for one in case.model.graph.input]
-    return case.model, dict(zip(names, map(_plain, inputs), strict=False)), [*map(_plain, outputs)]
-
-
-def _from_folder(path: Path) -> tuple[onnx.ModelProto, Feeds, Sequence[Any]]:
-    model = onnx.load(path)
-    sets = path.parent / "test_data_set_0"
-    feeds = {
-        one.name: _read(sets / f"input_{index}.pb", one.type)
-        for index, one in enumerate(model.graph.input)
-        if (sets / f"input_{index}.pb").exists()
-    }
-    wanted = [
-        _read(sets / f"output_{index}.pb", one.type)
-        for index, one in enumerate(model.graph.output)
-    ]
-    return model, feeds, wanted
-
-
-def _light(path: Path) -> tuple[onnx.ModelProto, Feeds, Sequence[Any]]:
-    """The input is the ramp that onnx's own runner feeds these (``generate_dummy_data``)."""
-    model = onnx.load(path)
-    given = {tensor.name for tensor in model.graph.initializer}
-    feeds = {}
-    for one in model.graph.input:
-        if one.name not in given:
-            shape = [dim.dim_value or 1 for dim in one.type.tensor_type.shape.dim]
-            size = int(np.prod(shape))
-            feeds[one.name] = (np.arange(size).reshape(shape) / size).astype(np.float32)
-    output = onnx.load_tensor(path.with_name(f"{path.stem}_output_0.pb"))
-    return model, feeds, [numpy_helper.to_array(output)]
-
-
-def _read(path: Path, kind: onnx.TypeProto) -> Any:
-    data = path.read_bytes()
-    if kind.HasField("sequence_type"):
-        return numpy_helper.to_list(onnx.SequenceProto.FromString(data))
-    if kind.HasField("optional_type"):
-        return numpy_helper.to_optional(onnx.OptionalProto.FromString(data))
-    return numpy_helper.to_array(onnx.TensorProto.FromString(data))
-
-
-def _plain(value: Any) -> Any:
-    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
-
-
-def by_ort(model: onnx.ModelProto, feeds: Feeds) -> list[Any]:
-    """ONNX Runtime's CPU with every optimisation off."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options)
-    run = ort.RunOptions()
-    run.log_severity_level = 4
-    return list(session.run(None, dict(feeds), run))
-
-
-def by_reference(model: onnx.ModelProto, feeds: Feeds) -> list[Any]:
-    """onnx's own evaluator."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        return list(ReferenceEvaluator(model).run(None, dict(feeds)))
-
-
-RUNNERS: dict[str, Runner] = {"ort": by_ort, "reference": by_reference}
+Counts = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -167,146 +81,195 @@ class Outcome:
     error: str = ""
     refused: str = ""
 
+    @property
+    def crashed(self) -> bool:
+        return self.error.startswith(CRASH)
+
+
+CRASH = "crash: "
+
+
+@dataclass
+class Raw:
+    """A model as it comes: what computes it, what comes out, and what rewrites of it gave.
+
+    If it is ``random``, its numbers are other ones at every run: types and shapes are compared.
+    """
+
+    model: onnx.ModelProto
+    feeds: Feeds
+    runner: str
+    wanted: Sequence[Any]
+    random: bool
+    known: dict[bytes, list[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, feeds: Feeds) -> Raw:
+        runner, wanted = raw_result(model, feeds)
+        random = runner != "none" and _draws(model.graph.node, *model.functions)
+        return cls(model, feeds, runner, wanted, random)
+
+    def run(self, found: onnx.ModelProto) -> list[Any]:
+        """The outputs of a rewrite; two specs that write one graph have it run once."""
+        data = found.SerializeToString(deterministic=True)
+        if data not in self.known:
+            self.known[data] = self._run(found)
+        return self.known[data]
+
+    def _run(self, found: onnx.ModelProto) -> list[Any]:
+        """With CUDA-only operators as what they stand for; the others only onnxruntime knows."""
+        runner = self.runner
+        if any(one.domain == MICROSOFT for one in found.opset_import):
+            model = ir.from_proto(found)
+            standard(model)
+            found = ir.to_proto(model)
+            if any(node.domain == MICROSOFT for node in found.graph.node):
+                runner = "ort"
+                for index, node in enumerate(found.graph.node):
+                    node.name = str(index)  # it refuses names that others take twice
+        return RUNNERS[runner](found, self.feeds)
+
+
+def _draws(nodes: Sequence[onnx.NodeProto], *functions: onnx.FunctionProto) -> bool:
+    """Whether one of the nodes, or one of their bodies or functions, draws without a seed."""
+    return any(_draws(one.node) for one in functions) or any(
+        (node.op_type in DRAWS and all(attr.name != "seed" for attr in node.attribute))
+        or any(_draws(attr.g.node) for attr in node.attribute)
+        for node in nodes
+    )
+
 
 def outcomes(cases: Sequence[Case], specs: Sequence[str], folder: Path) -> Iterator[Outcome]:
     """Each case through each spec, as ``sdopt optimize`` runs them."""
     for case in cases:
         model, feeds, _ = case.load()
-        source, target = folder / "model.onnx", folder / "out.onnx"
-        source.write_bytes(model.SerializeToString())
-        runner, wanted = raw_result(model, feeds)
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        raw = Raw.of(model, feeds)
         for spec in specs:
-            yield _outcome(case, spec, runner, wanted, feeds, source, target)
+            yield _outcome(case, spec, raw, folder)
 
 
-def raw_result(model: onnx.ModelProto, feeds: Feeds) -> tuple[str, list[Any]]:
-    """What computes the model as it comes, and its outputs; ``none`` if nothing here can."""
-    for name, runner in RUNNERS.items():
-        try:
-            return name, runner(model, feeds)
-        except Exception:  # whatever a runtime says about an operator that it lacks
-            continue
-    return "none", []
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one: every optimized file is synced to its disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
 
 
-def _outcome(
-    case: Case,
-    spec: str,
-    runner: str,
-    wanted: Sequence[Any],
-    feeds: Feeds,
-    source: Path,
-    target: Path,
-) -> Outcome:
-    outcome = functools.partial(Outcome, case, spec, runner)
+def _outcome(case: Case, spec: str, raw: Raw, folder: Path) -> Outcome:
+    outcome = functools.partial(Outcome, case, spec, "random" if raw.random else raw.runner)
+    source, target = folder / "model.onnx", folder / "out.onnx"
     try:
         report = api.optimize_file(source, target, spec)
+    except UsageError as error:
+        return outcome(refused=str(error))
     except SdoptError as error:
-        return outcome(
-            refused=str(error), error="" if isinstance(error, UsageError) else str(error)
-        )
+        return outcome(error=f"{CRASH}{error}")
     except Exception as error:
-        return outcome(error=f"crash: {type(error).__name__}: {error}")
+        return outcome(error=f"{CRASH}{type(error).__name__}: {error}")
     changed = any(one.changed for one in report.components[0].passes)
-    found = onnx.load(target)
     if not changed:
-        return outcome(error=_not_as_it_was(source, found))
-    if runner == "none":
+        return outcome(error=_not_as_it_was(source, target))
+    if raw.runner == "none":
         return outcome(changed=True)
+    found = onnx.load(target)
+    _forget_record(found)
     try:
-        got = RUNNERS[runner](found, feeds)
+        got = raw.run(found)
     except Exception as error:
         return outcome(changed=True, error=f"does not run: {str(error)[:300]}")
     exact = all(one.exactness() is Numerics.EXACT for one in Pipeline.parse(spec).passes)
-    return outcome(changed=True, error=difference(got, wanted, exact))
+    return outcome(changed=True, error=difference(got, raw.wanted, exact, raw.random))
 
 
-def _not_as_it_was(source: Path, found: onnx.ModelProto) -> str:
+def _forget_record(found: onnx.ModelProto) -> None:
     kept = [one for one in found.metadata_props if one.key != RECORD_KEY]
     del found.metadata_props[:]
     found.metadata_props.extend(kept)
-    return "" if found == onnx.load(source) else "nothing changed, but the file did"
 
 
-def difference(got: Any, wanted: Any, exact: bool) -> str:
-    """How two results differ, empty if they count as the same."""
-    if isinstance(wanted, (list, tuple)):
-        if not isinstance(got, (list, tuple)) or len(got) != len(wanted):
-            return f"{wanted!r} became {got!r}"
-        parts = (difference(a, b, exact) for a, b in zip(got, wanted, strict=True))
-        return next((part for part in parts if part), "")
-    if not isinstance(wanted, np.ndarray):
-        return "" if type(got) is type(wanted) and got == wanted else f"{wanted!r} became {got!r}"
-    if not isinstance(got, np.ndarray) or got.dtype != wanted.dtype or got.shape != wanted.shape:
-        return f"{wanted.dtype}{wanted.shape} became {getattr(got, 'dtype', '')}{np.shape(got)}"
-    if wanted.dtype == object:
-        return "" if np.array_equal(got, wanted) else "other text"
-    if got.tobytes() == wanted.tobytes():
-        return ""
-    distance = "not bit-equal"
-    if not exact and wanted.dtype.kind in "fV":
-        limit = {2: HALF["float16"]}.get(wanted.dtype.itemsize, FP32_REASSOCIATED)
-        distance = relative(got.astype(np.float64), wanted.astype(np.float64), limit)
-    return distance
+def _not_as_it_was(source: Path, target: Path) -> str:
+    """The input's bytes must come first; what follows must be the record and nothing else."""
+    before, after = source.read_bytes(), target.read_bytes()
+    if not after.startswith(before):
+        return "nothing changed, but the file's bytes did"
+    behind = onnx.ModelProto.FromString(after[len(before) :])
+    _forget_record(behind)
+    return "" if behind == onnx.ModelProto() else "more than the record is behind the model"
 
 
-def relative(a: np.ndarray, b: np.ndarray, limit: float) -> str:
-    """Relative L2 where both are finite; elsewhere both must be the same."""
-    finite = np.isfinite(b)
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return "other infinities or NaN"
-    norm = float(np.linalg.norm(b[finite]))
-    off = float(np.linalg.norm(a[finite] - b[finite]))
-    return "" if off <= limit * norm else f"relative L2 {off / norm if norm else off:.1e}"
+def tally(found: Iterable[Sequence[Outcome]]) -> Counts:
+    """How many models of each category, what computed them, what passes changed and refused.
 
-
-def page(folder: Path) -> str:
-    """docs/zoo.md: how many models of each category, what computed them, what passes changed."""
+    ``found`` holds the outcomes of one model at a time.
+    """
     rows: dict[str, Counter[str]] = {}
-    for case_outcomes in _by_case(folder):
-        first = case_outcomes[0]
-        for name in (first.case.category, "all"):
-            row = rows.setdefault(name, Counter())
-            row.update(["models", first.runner])
-            row["changed"] += any(one.changed for one in case_outcomes)
-            row["refused"] += any(one.refused for one in case_outcomes)
-    rows["all"] = rows.pop("all")
+    for one in found:
+        row = rows.setdefault(one[0].case.category, Counter())
+        row.update(["models", one[0].runner])
+        row["changed"] += any(each.changed for each in one)
+        row["refused"] += any(each.refused for each in one)
+    return {name: {key: n for key, n in row.items() if n} for name, row in rows.items()}
+
+
+def by_case(found: Sequence[Case], folder: Path) -> Iterator[list[Outcome]]:
+    """The outcomes of each model, through every spec."""
+    for case in found:
+        yield list(outcomes([case], SPECS, folder))
+
+
+def versions() -> dict[str, str]:
+    """What the counts depend on beside sdopt."""
+    return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
+
+
+def page(recorded: Mapping[str, Any]) -> str:
+    """docs/zoo.md, from what ``COUNTS`` holds."""
+    rows: dict[str, Counter[str]] = {name: Counter() for name in ("node", *FOLDERS)}
+    for one in recorded["chunks"]:
+        for category, row in one.items():
+            rows[category].update(row)
+    rows["all"] = sum(rows.values(), Counter())
+    known = recorded["versions"]
     lines = [
         "# onnx's backend models through sdopt",
         "",
-        f"Every model that the package onnx {onnx.__version__} ships for testing backends (node",
+        f"Every model that the package onnx {known['onnx']} ships for testing backends (node",
         "tests, and the light, simple and PyTorch models) goes through these pipelines, as",
         "`sdopt optimize FILE.onnx -o OUT.onnx --passes ...` runs them:",
         "",
         *(f"- `{spec}`" for spec in SPECS),
         "",
         "No model crashes a pass, no result changes: exact passes to the bit, the others within",
-        "the tolerance of docs/design.md, in whichever of onnxruntime (optimisations off) and",
-        "onnx's reference evaluator computes the raw model. A file that no pass changes keeps its",
-        "bytes. What neither can compute is checked for its structure only; what is refused is",
-        "refused with an error that says why.",
+        f"the tolerance of docs/design.md, in whichever of onnxruntime {known['onnxruntime']}",
+        "(optimisations off) and onnx's reference evaluator computes the raw model. A file that",
+        "no pass changes keeps its bytes, and the record of what ran comes behind them. Operators",
+        "that draw random numbers without a seed are compared by type and shape. What neither",
+        "runtime computes is checked for its structure only; what is refused is refused with an",
+        "error that says why.",
         "",
-        "| category | models | by onnxruntime | by the reference evaluator | structure only "
-        "| changed by a pass | refused |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| category | {' | '.join(COLUMNS.values())} |",
+        f"| --- |{' --- |' * len(COLUMNS)}",
     ]
-    columns = ("models", "ort", "reference", "none", "changed", "refused")
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |")
+        lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
     lines += ["", "Written by `python -m tests.zoo`; `tests/test_zoo.py` runs the same models."]
     return "\n".join(lines) + "\n"
 
 
-def _by_case(folder: Path) -> Iterator[list[Outcome]]:
-    for case in cases():
-        yield list(outcomes([case], SPECS, folder))
-
-
 def main() -> None:
-    """Write the page."""
-    with tempfile.TemporaryDirectory() as folder:
-        text = page(Path(folder))
-    (Path(__file__).parent.parent / "docs" / "zoo.md").write_text(text, "utf-8")
+    """Run every model, keep the counts, write the page."""
+    chunks = []
+    with scratch() as folder:
+        for index in range(CHUNKS):
+            found = list(by_case(chunk(index), folder))
+            if errors := [str(one) for each in found for one in each if one.error]:
+                sys.exit("\n".join(errors))
+            chunks.append(tally(found))
+    recorded = {"versions": versions(), "chunks": chunks}
+    COUNTS.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", "utf-8")
+    PAGE.write_text(page(recorded), "utf-8")
 
 
 if __name__ == "__main__":

@@ -208,11 +208,11 @@ def _compare(
 
 
 def _between(a: Opened, b: Opened) -> tuple[Step, ...]:
-    """The passes that only one of the two went through."""
+    """The passes that only one of the two went through; with another file it is another pass."""
     shared = 0
     if a.origin is not None and a.origin == b.origin:
         for one, other in zip(a.history, b.history, strict=False):
-            if one.spec != other.spec:
+            if (one.spec, one.reads) != (other.spec, other.reads):
                 break
             shared += 1
     return a.history[shared:] + b.history[shared:]

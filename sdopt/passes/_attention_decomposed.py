@@ -27,14 +27,18 @@ def write_decomposed(call: Attention, label: str, shapes: Shapes, ctx: PassConte
     scores = emit("MatMul", q, _transposed(call, emit, shapes))
     if call.mask is not None:
         scores = emit("Add", scores, added(call, emit))
-    if call.causal:
-        scores = _causal(call, scores, emit, shapes)
+    later = _later(call, scores, emit) if call.causal else None
+    if later is not None:
+        scores = emit("Where", later, _lowest(call, emit), scores)
     wide = call.softmax_type if call.dtype in HALVES else call.dtype
     if wide != call.dtype:
         scores = emit("Cast", scores, to=int(wide))
     shares = emit("Softmax", scores, axis=-1)
     if wide != call.dtype:
         shares = emit("Cast", shares, to=int(call.dtype))
+    if call.mask is not None and may_hide_rows(call):
+        seen = call.mask if later is None else emit("And", call.mask, emit("Not", later))
+        shares = emit("Where", seen, shares, emit.const(0, call.dtype.numpy()))
     result = emit("MatMul", shares, _every_head(call, call.v, emit, shapes))
     finish(call, result, Layout.FIRST, emit, shapes)
 
@@ -65,17 +69,35 @@ def added(call: Attention, emit: graph.Emitter) -> ir.Value:
     """The mask as a number to add to each score, in the element type of the operands.
 
     What a bool mask excludes gets the lowest finite number: kernels in half precision make NaN
-    of ``-inf`` where a whole row is excluded.
+    of ``-inf`` where a whole row is excluded. Such a row is then the mean of all values, where
+    the operator says zero: see ``may_hide_rows``.
     """
     mask = call.mask
     if mask is None:
         raise TypeError("this attention has no mask")
-    kind = mask.const_value.dtype if mask.const_value is not None else mask.dtype
+    kind = _mask_type(mask)
     if kind == ir.DataType.BOOL:
-        number = call.dtype.numpy()
-        lowest = emit.const(-weights.largest(call.dtype), number)
-        return emit("Where", mask, emit.const(0, number), lowest)
+        return emit("Where", mask, emit.const(0, call.dtype.numpy()), _lowest(call, emit))
     return mask if kind == call.dtype else emit("Cast", mask, to=int(call.dtype))
+
+
+def may_hide_rows(call: Attention) -> bool:
+    """Whether a bool mask may exclude every key of a query, whose result then is zero."""
+    mask = call.mask
+    if mask is None or _mask_type(mask) != ir.DataType.BOOL:
+        return False
+    if mask.const_value is None or mask.is_graph_input():
+        return True
+    seen = mask.const_value.numpy()
+    return not (seen[..., 0] if call.causal else seen.any(axis=-1)).all()
+
+
+def _mask_type(mask: ir.Value) -> ir.DataType | None:
+    return mask.const_value.dtype if mask.const_value is not None else mask.dtype
+
+
+def _lowest(call: Attention, emit: graph.Emitter) -> ir.Value:
+    return emit.const(-weights.largest(call.dtype), call.dtype.numpy())
 
 
 def _transposed(call: Attention, emit: graph.Emitter, shapes: Shapes) -> ir.Value:
@@ -97,8 +119,8 @@ def _every_head(call: Attention, heads: Heads, emit: graph.Emitter, shapes: Shap
     return emit("Reshape", copies, emit.const([0, call.q.count, -1, heads.size]))
 
 
-def _causal(call: Attention, scores: ir.Value, emit: graph.Emitter, shapes: Shapes) -> ir.Value:
-    """The scores of keys that come after the query at the lowest number."""
+def _later(call: Attention, scores: ir.Value, emit: graph.Emitter) -> ir.Value:
+    """Which keys come after the query, ``[Sq, Sk]``."""
 
     def count(dim: Dim, axis: int) -> ir.Value:
         if dim.known is not None:
@@ -107,6 +129,4 @@ def _causal(call: Attention, scores: ir.Value, emit: graph.Emitter, shapes: Shap
         return emit("Range", emit.const(0), length, emit.const(1))
 
     rows = emit("Reshape", count(call.queries, 2), emit.const([-1, 1]))
-    later = emit("Less", rows, count(call.keys, 3))
-    lowest = emit.const(-weights.largest(call.dtype), call.dtype.numpy())
-    return emit("Where", later, lowest, scores)
+    return emit("Less", rows, count(call.keys, 3))

@@ -9,13 +9,16 @@ import onnx_ir as ir
 from sdopt import graph, weights
 from sdopt.passes import _linear
 from sdopt.passes._attention import Attention, Kernel, broadcasts
-from sdopt.passes._attention_decomposed import added, finish
+from sdopt.passes._attention_decomposed import added, finish, may_hide_rows
 from sdopt.passes._heads import Layout
+from sdopt.passes._raise_dims import ONE
 from sdopt.passes._raise_shapes import Shapes
 from sdopt.passes.base import PassContext
 
 MICROSOFT = "com.microsoft"
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_AXES_ARE_AN_INPUT = 18
+"""The opset since which ReduceMax reads them so."""
 
 Packing = Literal["none", "kv", "qkv"]
 
@@ -37,6 +40,8 @@ class MultiHeadAttention(Kernel):
         if call.causal and call.queries != call.keys:
             # ONNX counts both from the first, onnxruntime from the last (1.31).
             return "it is causal, and its queries are not known to be as many as its keys"
+        if may_hide_rows(call) and (call.causal or not _same_for_heads(call)):
+            return "its bool mask may hide all keys of a query, which MultiHeadAttention averages"
         return None
 
     def write(self, call: Attention, shapes: Shapes, ctx: PassContext) -> bool:
@@ -52,6 +57,10 @@ class MultiHeadAttention(Kernel):
         fused = emit(
             "MultiHeadAttention", *operands, domain=MICROSOFT, num_heads=call.q.count, **extra
         )
+        if call.mask is not None and may_hide_rows(call):
+            number = call.dtype.numpy()
+            seen = _seen(call.mask, len(call.mask_dims), graph.opset(ctx.model), emit)
+            fused = emit("Where", seen, fused, emit.const(0, number))
         finish(call, fused, Layout.FLAT, emit, shapes)
         return True
 
@@ -88,6 +97,22 @@ def _bias(call: Attention, flat: list[ir.Value | None], emit: graph.Emitter) -> 
         lengths = [emit("Shape", one, start=1, end=2) for one in flat[:2]]
         mask = emit("Expand", mask, emit("Concat", emit.const([1, 1]), *lengths, axis=0))
     return mask
+
+
+def _same_for_heads(call: Attention) -> bool:
+    return len(call.mask_dims) < 3 or call.mask_dims[-3] == ONE
+
+
+def _seen(mask: ir.Value, rank: int, opset: int, emit: graph.Emitter) -> ir.Value:
+    """Which queries see any key, ``[B|1, Sq|1, 1]``, of a mask that is one for all heads."""
+    number = emit("Cast", mask, to=int(ir.DataType.FLOAT))
+    if opset >= _AXES_ARE_AN_INPUT:
+        most = emit("ReduceMax", number, emit.const([-1]), keepdims=1)
+    else:
+        most = emit("ReduceMax", number, axes=[-1], keepdims=1)
+    if rank > 2:
+        most = emit("Squeeze", most, emit.const([-3]))
+    return emit("Cast", most, to=int(ir.DataType.BOOL))
 
 
 def _projection(value: ir.Value | None) -> _linear.Linear | None:

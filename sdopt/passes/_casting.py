@@ -102,6 +102,10 @@ class HalfCast(Pass):
                 if node.graph is model.graph and node not in stays and _computes(node):
                     ctx.skip(f"{node.op_type} stays in fp32, with all inside", node, "node")
                 stays.add(node)
+            elif any(map(_precision.is_compound, [*node.inputs, *node.outputs])):
+                if node not in stays:
+                    ctx.skip(f"{node.op_type} handles sequences and stays in fp32", node, "node")
+                stays.add(node)
             elif known is None and _computes(node):
                 if node not in stays:
                     reason = f"{node.op_type} has no known {word} form and stays in fp32"
@@ -150,7 +154,7 @@ class HalfCast(Pass):
             readers = list(value.consumers())
             if value.is_initializer():
                 continue  # its default value would have to change with it
-            if value.dtype == ir.DataType.FLOAT and not all(r in stays for r in readers):
+            if _precision.is_float(value) and not all(r in stays for r in readers):
                 value.dtype = self.half
 
     def _settle_outputs(

@@ -52,7 +52,8 @@ def fold(node: ir.Node, opset: int) -> list[np.ndarray] | None:
     if node.op_type in ("Div", "Mod") and not np.all(feeds[node.inputs[1].name or ""]):  # type: ignore[union-attr]
         return None
     evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset})
-    return [np.asarray(result) for result in evaluator.run(None, feeds)]
+    with np.errstate(all="ignore"):  # what overflows here overflows in the graph as well
+        return [np.asarray(result) for result in evaluator.run(None, feeds)]
 
 
 def _is_weight(value: ir.Value) -> bool:

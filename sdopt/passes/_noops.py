@@ -23,7 +23,9 @@ def bypass(node: ir.Node) -> ir.Value | None:
         return None
     first = node.inputs[0]
     rule = _RULES.get(node.op_type)
-    if first is None or rule is None or any(out.uses() for out in node.outputs[1:]):
+    if first is None or rule is None:
+        return None
+    if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
         return None
     return rule(node, first)
 
@@ -125,11 +127,16 @@ def sequence_to_split(node: ir.Node, ctx: PassContext) -> bool:
     if node.op_type != "SplitToSequence" or node.inputs[0] is None:
         return False
     axis = graph.attribute(node, "axis", 0)
-    picks = {user: graph.scalar(user.inputs[1]) for user in node.outputs[0].consumers()}
+    picks = {
+        user: graph.scalar(user.inputs[1]) if user.op_type == "SequenceAt" else None
+        for user in node.outputs[0].consumers()
+    }
     shape = node.inputs[0].shape
-    length = shape[axis] if shape is not None else None
+    known = shape is not None and -len(shape) <= axis < len(shape)
+    length = shape[axis] if shape is not None and known else None
     sizes = graph.constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    if any(user.op_type != "SequenceAt" or at is None for user, at in picks.items()):
+    whole = node.outputs[0].is_graph_output()
+    if whole or None in picks.values():
         ctx.skip("a sequence is used for more than picking its parts", node)
         return False
     if sizes is None or (sizes.ndim == 0 and not isinstance(length, int)):
@@ -139,13 +146,17 @@ def sequence_to_split(node: ir.Node, ctx: PassContext) -> bool:
         chunk = int(sizes)
         assert isinstance(length, int)
         sizes = np.array([min(chunk, length - at) for at in range(0, length, chunk)])
+    if any(at is None or not -sizes.size <= at < sizes.size for at in picks.values()):
+        ctx.skip("a part is asked for that the sequence does not have", node)
+        return False
     emit = ctx.emitter(node, node.outputs[0].name or "split")
     split = emit.const(sizes)
     parts = emit.many("Split", node.inputs[0], split, outputs=sizes.size, axis=axis)
     for user, at in picks.items():
         assert at is not None
         part, old = parts[int(at)], user.outputs[0]
-        part.type, part.shape = old.type, old.shape
+        if old.type is not None:
+            part.type, part.shape = old.type, old.shape
         graph.replace_uses(old, part)
         user.graph.remove(user, safe=True)  # type: ignore[union-attr]
     graph.remove_dead([node])

@@ -33,10 +33,15 @@ def is_mask(value: ir.Value) -> bool:
 
 
 def is_float(value: ir.Value | None) -> bool:
-    """Whether a value is float32; constants answer by their tensor."""
-    if value is None:
+    """Whether a value is a float32 tensor; constants answer by their tensor."""
+    if value is None or is_compound(value):
         return False
     return (value.const_value.dtype if value.const_value is not None else value.dtype) == FLOAT
+
+
+def is_compound(value: ir.Value | None) -> bool:
+    """Whether a value is a sequence, or something that may be absent, and no plain tensor."""
+    return value is not None and isinstance(value.type, (ir.SequenceType, ir.OptionalType))
 
 
 def values(model: ir.Model) -> Iterator[ir.Value]:
@@ -146,7 +151,7 @@ class Caster:
             # The statistics of a LayerNormalization are of stash_type, float32, by definition.
             stashed = node.op_type in _STASHING and graph.attribute(node, "stash_type", 1) == FLOAT
             for output in node.outputs[: 1 if stashed else None]:
-                if output.dtype == FLOAT:
+                if is_float(output):
                     output.dtype = self._half
 
     def settle_inputs(self, node: ir.Node, was_float: Callable[[ir.Value], bool]) -> None:

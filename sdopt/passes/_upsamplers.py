@@ -124,9 +124,12 @@ def _keeps_size(node: ir.Node, value: ir.Value) -> bool:
         return node.op_type in _UNARY
     weight = node.inputs[1]
     kernel = graph.attribute(node, "kernel_shape")
-    if kernel is None and weight is not None and weight.shape is not None:
-        kernel = weight.shape.numpy()[2:]
-    if kernel is None or any(s != 1 for s in graph.attribute(node, "strides", (1, 1))):
+    if kernel is None and weight is not None:
+        known = weight.shape if weight.const_value is None else weight.const_value.shape
+        kernel = [*known][2:] if known is not None else None
+    if kernel is None or not all(isinstance(side, int) for side in kernel):
+        return False
+    if any(s != 1 for s in graph.attribute(node, "strides", (1, 1))):
         return False
     if str(graph.attribute(node, "auto_pad", "NOTSET")).startswith("SAME"):
         return True

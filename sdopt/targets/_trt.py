@@ -201,8 +201,8 @@ class TensorRtTarget(Target):
             raise BuildError(
                 f"nothing in {order.component} is in {self.dtype}",
                 why="precision is in the graph: the library has no flag for it",
-                hint="record inputs with sdopt record, and build with :data=FOLDER; or quantize it "
-                f"first: sdopt optimize --passes @fast,quantize={self.dtype}:data=FOLDER",
+                hint="record inputs with sdopt record, and build with :data=FOLDER, or quantize "
+                f"it first: sdopt optimize --passes @fast,quantize={self.dtype}:data=FOLDER",
             )
 
 

@@ -104,6 +104,13 @@ def bare(
     )
 
 
+def hidden_rows(model: ir.Model, **sizes: int) -> Arrays:
+    """``feeds`` with a bool mask that hides every key of the second query."""
+    given = feeds(model, **sizes)
+    given["mask"][..., 1, :] = False
+    return given
+
+
 def feeds(model: ir.Model, **sizes: int) -> Arrays:
     """Random inputs; dynamic dimensions have the given sizes, a bool mask every first key."""
     rng = np.random.default_rng(1)

@@ -11,7 +11,7 @@ from sdopt.passes._casting import HalfCast
 from sdopt.passes.cast_bf16 import CastBf16
 from sdopt.passes.cast_fp16 import CastFp16
 from tests.passes.cast_blocks import BLOCK, block_feeds, block_weights, evaluate, types
-from tests.toolkit import apply, leaves, model_of, ops, relative_l2
+from tests.toolkit import apply, leaves, model_of, ops, relative_l2, run
 
 FLOAT = ir.DataType.FLOAT
 
@@ -86,6 +86,31 @@ def test_control_flow_stays_in_float32(cast: Cast) -> None:
     x = np.array([[-1, 2], [3, -4]], np.float32)
     np.testing.assert_array_equal(evaluate(model, {"c": np.array(True), "x": x}), np.maximum(x, 0))
     assert [skip.reason for skip in ctx.skips] == ["If stays in fp32, with all inside"]
+
+
+def test_sequences_stay_in_float32(cast: Cast) -> None:
+    model = model_of(
+        """g (float[4,2] x, seq(float[2,2]) given) => (seq(float[2,2]) parts, float[2,2] y) {
+            parts = SplitToSequence<axis=0>(x, size)
+            part = SequenceAt(parts, one)
+            other = SequenceAt(given, one)
+            both = Add(part, other)
+            y = MatMul(both, w)
+        }""",
+        {"size": np.array(2), "one": np.array(1), "w": np.eye(2, dtype=np.float32)},
+    )
+    before = [str(value.type) for value in (model.graph.inputs[1], model.graph.outputs[0])]
+    ctx = apply(cast(("io",)), model)
+    after = [str(value.type) for value in (model.graph.inputs[1], model.graph.outputs[0])]
+    assert after == before
+    assert "SplitToSequence handles sequences and stays in fp32" in {s.reason for s in ctx.skips}
+    matmul = next(node for node in model.graph if node.op_type == "MatMul")
+    assert matmul.outputs[0].dtype == cast.half
+    if cast is CastFp16:
+        x = np.arange(8, dtype=np.float32).reshape(4, 2)
+        parts, y = run(model, {"x": x, "given": [x[:2], x[2:]]})
+        np.testing.assert_array_equal(parts, [x[:2], x[2:]])
+        np.testing.assert_array_equal(y, 2 * x[2:])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16])

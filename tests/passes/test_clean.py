@@ -74,6 +74,70 @@ def test_a_sequence_used_otherwise_is_left_and_reported() -> None:
     )
 
 
+def test_a_sequence_that_is_an_output_stays_one() -> None:
+    model = model_of(
+        """g (float[6] x) => (float[3] a, seq(float[3]) parts) {
+            parts = SplitToSequence<axis=0>(x, size)
+            a = SequenceAt(parts, at)
+        }""",
+        {"size": np.array(3), "at": np.array(0)},
+    )
+    leaves(Clean(), model, "a sequence is used for more than picking its parts")
+
+
+def test_the_length_of_a_sequence_is_left() -> None:
+    model = model_of("""g (float[6] x) => (int64 n) {
+        parts = SplitToSequence<axis=0>(x)
+        n = SequenceLength(parts)
+    }""")
+    leaves(Clean(), model, "a sequence is used for more than picking its parts")
+
+
+def test_one_part_picked_twice_keeps_the_type_that_is_known() -> None:
+    model = model_of(
+        """g (float[4,6] x) => (float[2,6] a) {
+            parts = SplitToSequence<axis=0>(x, size)
+            a = SequenceAt(parts, one)
+            unused = SequenceAt(parts, last)
+        }""",
+        {"size": np.array(2), "one": np.array(1), "last": np.array(-1)},
+    )
+    apply(Clean(), model)
+    assert ops(model) == {"Split": 1}
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_a_part_that_is_not_there_is_left_to_the_runtime_to_refuse() -> None:
+    model = model_of(
+        """g (float[6] x, bool c) => (float[N] y) {
+            parts = SplitToSequence<axis=0>(x, size)
+            y = If (c) <
+                then_branch = t () => (float[N] a) { a = SequenceAt(parts, two) },
+                else_branch = e () => (float[N] b) { b = SequenceAt(parts, zero) }
+            >
+        }""",
+        {"size": np.array(3), "two": np.array(2), "zero": np.array(0)},
+    )
+    leaves(Clean(), model, "a part is asked for that the sequence does not have")
+
+
+def test_a_dropout_whose_mask_is_an_output_stays() -> None:
+    model = model_of("g (float[N] x) => (float[N] y, bool[N] m) { y, m = Dropout(x) }")
+    leaves(Clean(), model)
+
+
+def test_folding_what_overflows_says_nothing() -> None:
+    """pytest makes numpy's warning an error, and a user should not see it."""
+    model = model_of(
+        "g (float[2] x) => (float[2] y) { h = Cast<to=10>(big) f = Cast<to=1>(h) y = Min(x, f) }",
+        {"big": np.array([1e6], np.float32)},
+    )
+    apply(Clean(), model)
+    assert ops(model) == {"Min": 1}
+    x = np.array([1, -2], np.float32)
+    np.testing.assert_array_equal(run(model, {"x": x})[0], x)
+
+
 def test_no_ops_go_and_the_output_keeps_its_name() -> None:
     model = model_of(
         """g (float[2,3,4] x) => (float[2,3,4] y) {

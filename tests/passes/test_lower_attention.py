@@ -8,7 +8,7 @@ from onnx.reference import ReferenceEvaluator
 
 from sdopt.passes.flash_attention import FlashAttention
 from sdopt.passes.lower_attention import LowerAttention
-from tests.passes.attention_graphs import Sizes, bare, block, feeds
+from tests.passes.attention_graphs import Sizes, bare, block, feeds, hidden_rows
 from tests.toolkit import apply, leaves, ops, relative_l2, run
 
 TIGHT = 2e-6
@@ -39,6 +39,35 @@ def test_it_computes_the_same(form: str) -> None:
     assert "Attention" not in ops(model)
     for one, wanted in zip(given, before, strict=True):
         assert relative_l2(run(model, one)[0], wanted) < TIGHT
+
+
+@pytest.mark.parametrize("attributes", ["", "<is_causal=1>"])
+@pytest.mark.parametrize("mask", ["bool[S,T]", "bool[B,4,S,T]"])
+def test_a_query_that_sees_no_key_becomes_zero(mask: str, attributes: str) -> None:
+    model = block(mask=mask, attributes=attributes)
+    given = hidden_rows(model, **LENGTHS[0])
+    (before,) = run(model, given)
+    assert not before[:, 1].any()
+    apply(LowerAttention(), model)
+    (after,) = run(model, given)
+    assert not after[:, 1].any()
+    assert relative_l2(after, before) < TIGHT
+
+
+@pytest.mark.parametrize(("key", "extra"), [(0, 0), (1, 1)])
+def test_a_stored_mask_is_asked_whether_it_hides_a_query(key: int, extra: int) -> None:
+    """One that shows the first key to all costs no second Where, in the causal case too."""
+    model = block(mask="bool[S,T]", attributes="<is_causal=1>")
+    mask = model.graph.inputs.pop()
+    seen = np.zeros((9, 13), bool)
+    seen[:, key] = True
+    mask.const_value = ir.tensor(seen, name="mask")
+    model.graph.initializers.add(mask)
+    given = feeds(model, **LENGTHS[0])
+    (before,) = run(model, given)
+    apply(LowerAttention(), model)
+    assert ops(model)["Where"] == 2 + extra
+    assert relative_l2(run(model, given)[0], before) < TIGHT
 
 
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 23])
