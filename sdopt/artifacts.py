@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt import datafile
+from sdopt.errors import StorageError
 
 CHUNK = 1 << 20
 """Bytes of an artifact that are hashed at a time."""
@@ -71,9 +72,20 @@ def writing(path: Path) -> Iterator[Path]:
     """A scratch folder beside ``path`` for a compiler to write into; gone in any case afterwards.
 
     Nothing is under ``path`` but what was there before until ``commit``.
+
+    Raises:
+        StorageError: the folder is not writable or full.
     """
     folder = path.with_name(f".{path.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(
+            "an artifact cannot be written here",
+            where=str(path.parent),
+            why=error.strerror,
+            hint="make the folder writable, or copy the bundle to one that is",
+        ) from error
     try:
         yield folder
     finally:
