@@ -91,10 +91,17 @@ def _is_outward(node: ir.Node, weight: tuple[ir.Node, ir.Node | None]) -> bool:
     dequantize, transpose = weight
     if transpose is not None and list(graph.attribute(transpose, "perm", (1, 0))) != [1, 0]:
         return False
-    rank = graph.rank(dequantize.inputs[0]) or 0
-    axis = int(graph.attribute(dequantize, "axis", 1)) % max(1, rank)
+    axis = int(graph.attribute(dequantize, "axis", 1)) % _rank(dequantize)
     whole = not graph.attribute(dequantize, "block_size", 0)
     return whole and axis == _output_axis(node, transpose)
+
+
+def _rank(dequantize: ir.Node) -> int:
+    """The number of axes of a stored weight."""
+    value = dequantize.inputs[0]
+    if value is None or value.const_value is None:
+        raise TypeError("only stored weights are asked for")
+    return len(value.const_value.shape)
 
 
 def _scale(node: ir.Node) -> float | None:
@@ -143,7 +150,7 @@ def _write(
     result.type, result.shape = ir.TensorType(dtype), out.shape
     if len(node.inputs) > 2 and (bias := node.inputs[2]) is not None:
         if node.op_type == "Conv" and bias.const_value is not None:
-            column = [bias.const_value.size, *[1] * ((graph.rank(out) or 4) - 2)]
+            column = [bias.const_value.size, *[1] * (_rank(holder) - 2)]
             bias = emit.weight(weights.reshaped(bias.const_value, column), "bias")
         result = emit("Add", result, bias)
     shapes.stands_for(result, out)

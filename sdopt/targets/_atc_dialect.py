@@ -174,15 +174,20 @@ def _illegal_kernel(node: ir.Node, kernel: Kernel) -> str | None:
         if value is not None and value.dtype is not None and value.dtype not in types:
             wanted = " or ".join(sorted(one.name.lower() for one in types))
             return f"its input {index} is {value.dtype.name.lower()}, and it takes {wanted}"
-    first = node.inputs[0]
-    if first is None or first.shape is None:
-        return "the sizes of its first input are not known"
-    if kernel.rank and len(first.shape) not in kernel.rank:
-        return f"its first input has {len(first.shape)} axes"
-    shapes = (first.shape, node.outputs[0].shape)
-    if kernel.fixed and not any(one is not None and one.is_static() for one in shapes):
+    return _illegal_sizes(node, kernel)
+
+
+def _illegal_sizes(node: ir.Node, kernel: Kernel) -> str | None:
+    """The first input's sizes, or the first output's where only those are declared."""
+    values = (node.inputs[0], node.outputs[0])
+    shapes = [value.shape for value in values if value is not None and value.shape is not None]
+    if not shapes:
+        return "its sizes are not known"
+    rank, last = len(shapes[0]), shapes[0][-1] if len(shapes[0]) else None
+    if kernel.rank and rank not in kernel.rank:
+        return f"its first input has {rank} axes"
+    if kernel.fixed and not any(shape.is_static() for shape in shapes):
         return "its sizes are not fixed, and it is compiled for one size"
-    last = first.shape[-1]
     if kernel.sizes and isinstance(last, int) and last not in kernel.sizes:
         return f"it has no head size {last}"
     return None
