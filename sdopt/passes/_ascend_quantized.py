@@ -62,12 +62,14 @@ def _refusal(node: ir.Node, shapes: Shapes) -> str | None:
     tensor, scales = (value.const_value if value else None for value in weight[0].inputs[:2])
     if tensor is None or scales is None or tensor.dtype != ir.DataType.INT8:
         return "its weights are not stored as int8 with known scales"
-    if shapes.dtype(quantize.inputs[0]) not in _TYPES:
-        return "what it reads is neither float32 nor float16"
+    if shapes.dtype(dequantize.inputs[1]) not in _TYPES:
+        return "it computes in neither float32 nor float16"
     if scales.size not in (1, _channels(node, weight[1], tensor)):
         return "its weights do not have one scale, or one per output channel"
     if scales.size > 1 and not _is_outward(node, weight):
         return "the scales of its weights are not those of its output channels"
+    if node.op_type == "MatMul" and len(shapes.dims(quantize.inputs[0]) or ()) == 4:
+        return "AscendDequant takes the second of four axes for the channels, as after a Conv"
     if node.op_type == "Gemm" and any(
         graph.attribute(node, a, 1.0) != 1 for a in ("alpha", "beta")
     ):
@@ -129,7 +131,8 @@ def _write(
     (holder, transpose), x, scale = found, quantize.inputs[0], _scale(quantize)
     assert x is not None
     assert scale is not None
-    dtype, out = shapes.dtype(x) or ir.DataType.FLOAT, node.outputs[0]
+    # ONNX gives a dequantized value the type of its scale.
+    dtype, out = shapes.dtype(dequantize.inputs[1]) or ir.DataType.FLOAT, node.outputs[0]
     emit = ctx.emitter(node, f"{graph.module_path(node)}/lower_ascend")
     if (x, scale) not in made:
         near = ctx.emitter(quantize, f"{graph.module_path(node)}/lower_ascend")

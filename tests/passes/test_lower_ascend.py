@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +11,10 @@ import pytest
 
 from sdopt import graph
 from sdopt.passes.lower_ascend import LowerAscend
+from sdopt.passes.lower_opset import LowerOpset
+from sdopt.passes.quantize import Quantize
 from tests import ascend_ops
+from tests.passes.test_quantize import feeds, net, record
 from tests.toolkit import apply, leaves, model_of, ops, relative_l2, run
 
 RNG = np.random.default_rng(0)
@@ -150,3 +154,35 @@ def _float_conv(body: str) -> ir.Model:
         "C": RNG.standard_normal((6, 4, 3, 3)).astype(np.float32),
     }
     return model_of(f"g (float[2,4,5,5] x) => (float[2,6,5,5] y) {{ {body} }}", weights)
+
+
+def test_what_quantize_makes_is_lowered(tmp_path: Path) -> None:
+    """A Conv and a Gemm, with the scales that calibration found; two MatMuls have four axes."""
+    data = record(tmp_path / "recorded", [feeds(seed=seed) for seed in range(4)])
+    model = net()
+    apply(Quantize("int8", data=data), model)
+    (wanted,) = run(model, feeds(seed=9))
+    ctx = apply(LowerAscend(), model)
+    assert ctx.rewrites == {"quantized": 2}
+    assert ["second of four axes" in skip.reason for skip in ctx.skips] == [True, True]
+    assert ops(model)["QuantizeLinear"] == ops(model)["AscendQuant"] == 2
+    apply(LowerOpset(19), model)  # onnx has no older DequantizeLinear to evaluate
+    (found,) = ascend_ops.run(model, feeds(seed=9))
+    # A sum that is rounded otherwise may fall on the other side of an integer of the next layer.
+    assert relative_l2(found, wanted) < 2e-3
+
+
+def test_no_weight_or_scale_is_read() -> None:
+    def read() -> ir.TensorProtocol:
+        raise AssertionError("a weight was read")
+
+    model = quantized(LAYERS["Conv"])
+    for name in ("K", "ws"):
+        value = model.graph.initializers[name]
+        held = value.const_value
+        assert held is not None
+        value.type, value.shape = ir.TensorType(held.dtype), ir.Shape(held.shape.numpy())
+        value.const_value = ir.LazyTensor(
+            read, dtype=held.dtype, shape=ir.Shape(held.shape.numpy()), name=name
+        )
+    assert apply(LowerAscend(), model).rewrites == {"quantized": 1}

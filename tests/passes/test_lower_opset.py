@@ -300,6 +300,26 @@ def test_operators_of_others_stay() -> None:
     assert (graph.opset(model), model.ir_version) == (17, 8)
 
 
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_bodies_are_written_in_the_opset_too(opset: int) -> None:
+    text = """g (bool c, float[2,8,6,4] x) => (float[2,8,6,4] y) {
+        y = If(c) <
+            then_branch = t () => (float[2,8,6,4] a) { g = Gelu(x) a = Identity(g) },
+            else_branch = e () => (float[2,8,6,4] b) {
+                m = ReduceMean<keepdims=1>(x, last)
+                b = Sub(x, m)
+            }>
+    }"""
+    model = text_model(text, NUMBERS)
+    for choice in (True, False):
+        given = {**X, "c": np.array(choice)}
+        (wanted,) = run(text_model(text, NUMBERS), given)
+        if graph.opset(model) != opset:
+            lower(model, opset)
+        assert relative_l2(run(model, given)[0], wanted) < FP32_REASSOCIATED
+    assert "Gelu" not in ops(model)
+
+
 def test_a_local_function_is_refused() -> None:
     model = model_of(one("y = Relu(x)"))
     function = ir.Function("own", "F", graph=ir.Graph([], [], nodes=[]), attributes=[])
