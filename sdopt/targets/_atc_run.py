@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def compile_model(program: str, words: Sequence[str], made: Path, progress: Prog
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,  # atc is a script around a program: both must end with us
         ) as process:
             try:
                 assert process.stdout is not None
@@ -51,7 +53,7 @@ def compile_model(program: str, words: Sequence[str], made: Path, progress: Prog
                         lines.append(line.strip())
                         progress(f"atc: {lines[-1]}", 0.5)
             except BaseException:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 raise
     except OSError as error:
         raise BuildError("atc cannot be started", where=program, why=str(error)) from error
