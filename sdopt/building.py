@@ -58,6 +58,11 @@ def build(
         BuildError: the graph is illegal for the target, or its compiler failed.
         UsageError: sizes that cannot be.
     """
+    side = PIXELS_PER_LATENT * int(_sample_size(bundle) or 64)
+    native = Size(side, side)
+    sizes = parse_sizes(plan.shapes or str(native), native)
+    request = Request(sizes, plan.batch, plan.dims)
+    target = target.sized(request)
     if not (plan.emit_only or plan.check_only):
         target.check_available()
     job = Job(
@@ -73,13 +78,14 @@ def build(
         prove=not (plan.emit_only or plan.check_only),
     )
     report = job.run("build", components)
+    report.notes += target.notes()
     if plan.dry_run:
         return report
     start = time.perf_counter()
     with bundle.lock():
         orders = [
             _order(
-                bundle, one, target, plan, part(part(progress, 1, 2), i, len(report.components))
+                bundle, one, target, request, part(part(progress, 1, 2), i, len(report.components))
             )
             for i, one in enumerate(report.components)
         ]
@@ -95,14 +101,10 @@ def build(
 
 
 def _order(
-    bundle: Bundle, one: ComponentReport, target: Target, plan: Plan, progress: Progress
+    bundle: Bundle, one: ComponentReport, target: Target, request: Request, progress: Progress
 ) -> Order:
     stage = bundle.stage(one.component, target.stage_name())
     role = Role(stage.record.role)
-    side = PIXELS_PER_LATENT * int(_sample_size(bundle) or 64)
-    native = Size(side, side)
-    sizes = parse_sizes(plan.shapes or str(native), native)
-    request = Request(sizes, plan.batch, plan.dims)
     graph = stage.load().graph
     inputs = {
         value.name or "": [
@@ -113,7 +115,7 @@ def _order(
     doubled = role is Role.DENOISER
     profiles = request.profiles(inputs, doubled=doubled, where=one.component)
     unique = [p for i, p in enumerate(profiles) if p not in profiles[:i]]
-    return Order(one.component, role, stage.path, unique, sizes, plan.batch, progress)
+    return Order(one.component, role, stage.path, unique, request.sizes, request.batch, progress)
 
 
 def _sample_size(bundle: Bundle) -> int | None:
@@ -171,6 +173,7 @@ def _emit(bundle: Bundle, target: Target, orders: Sequence[Order]) -> list[str]:
     text += ":\n\n" + "".join(f"    {name}\n" for name in files)
     if lines:
         text += "\nThen copy the artifacts back beside the graphs.\n"
+    text += "".join(f"\n{remark}\n" for remark in target.remarks(orders))
     datafile.write_bytes(bundle.path / f"{stem}.md", text.encode())
     return [f"what to copy where is in {bundle.path / f'{stem}.md'}"]
 

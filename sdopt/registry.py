@@ -27,6 +27,8 @@ PASSES: dict[str, str] = {
     "quick_gelu": "sdopt.passes.quick_gelu:QuickGelu",
     "flash_attention": "sdopt.passes.flash_attention:FlashAttention",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
+    "fix_shapes": "sdopt.passes.fix_shapes:FixShapes",
+    "lower_ascend": "sdopt.passes.lower_ascend:LowerAscend",
     "lower_opset": "sdopt.passes.lower_opset:LowerOpset",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
     "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",
@@ -40,6 +42,7 @@ PASSES: dict[str, str] = {
 TARGETS: dict[str, str] = {
     "onnx": "sdopt.targets.onnx:Onnx",
     "ort": "sdopt.targets.ort:Ort",
+    "atc": "sdopt.targets.atc:Atc",
     "trt": "sdopt.targets.trt:Trt",
     "trt_rtx": "sdopt.targets.trt_rtx:TrtRtx",
 }

@@ -120,6 +120,22 @@ class Request:
         )
 
 
+def axis_numbers(size: Size, batch: int, dims: Mapping[str, int]) -> dict[str, int]:
+    """The number that each dynamic axis has for images of one size, and its batch, by name.
+
+    The names are those that ``Request`` reads; ``dims`` adds to them.
+    """
+    found = {"batch": batch, "batch_size": batch, "sequence_length": TOKENS}
+    for prefix, divisor in (
+        ("", PIXELS_PER_LATENT),
+        ("latent_", PIXELS_PER_LATENT),
+        ("sample_", 1),
+    ):
+        found[f"{prefix}height"] = size.height // divisor
+        found[f"{prefix}width"] = size.width // divisor
+    return found | dict(dims)
+
+
 def parse_sizes(text: str, usual: Size | None = None) -> tuple[Sizes, ...]:
     """``512x512,768x768`` or ``256x256..1024x1024`` as profiles.
 

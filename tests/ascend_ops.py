@@ -2,7 +2,8 @@
 
 Written from the operator prototypes, in numpy, without knowledge of how sdopt emits them:
 ``FlashAttentionTik`` (Ascend/MindIE-SD, csrc/ops/tik), ``UnpadFlashAttentionMix``,
-``SliceTransGeluMul``, ``FindMax``, ``TomeMerged``, ``TomeUnmerge`` and ``TomeUnmerged`` (MindIE).
+``SliceTransGeluMul``, ``FindMax``, ``TomeMerged``, ``TomeUnmerge`` and ``TomeUnmerged`` (MindIE),
+``AscendQuant`` and ``AscendDequant`` (ops-nn) with the int8 products between them.
 They live in the standard domain and have no attributes. A kernel that is given what it cannot
 take raises, as Ascend's compiler would refuse it.
 """
@@ -17,6 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops import op_conv as reference_conv
 
 SLICES = 8
 """TomeMerged hands out this many partial sums; the first holds the destinations themselves."""
@@ -162,6 +164,77 @@ class TomeUnmerged(TomeUnmerge):
     """The name since CANN 8.0."""
 
 
+class AscendQuant(OpRun):
+    """``round(x * scale + offset)`` as int8."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, scale: float, offset: float, **_: Any) -> tuple[np.ndarray]:
+        assert x.dtype in (np.float16, np.float32)
+        whole = np.rint(x.astype(np.float32) * np.float32(scale) + np.float32(offset))
+        return (np.clip(whole, -128, 127).astype(np.int8),)
+
+
+class AscendDequant(OpRun):
+    """An int32 times a float32 that lies in the low bits of a uint64, for each channel."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, deq_scale: np.ndarray, dtype: int = 0) -> tuple[np.ndarray]:
+        assert x.dtype == np.int32
+        assert deq_scale.dtype == np.uint64
+        assert deq_scale.ndim == 1
+        assert not (deq_scale >> np.uint64(32)).any()
+        scale = deq_scale.astype(np.uint32).view(np.float32)
+        column = scale.reshape(-1, 1, 1) if x.ndim == 4 else scale
+        return ((x * column.astype(np.float64)).astype([np.float32, np.float16][dtype]),)
+
+
+class MatMul(OpRun):
+    """The product of int8 is int32, as the cube unit sums it."""
+
+    op_domain = ""
+
+    def _run(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray]:
+        wide = np.int32 if a.dtype == np.int8 else a.dtype
+        return (np.matmul(a.astype(wide), b.astype(wide)),)
+
+
+class Gemm(OpRun):
+    """The same, or ``alpha * a @ b + beta * c`` of floats."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        a: np.ndarray,
+        b: np.ndarray,
+        c: np.ndarray | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        **transposed: int,
+    ) -> tuple[np.ndarray]:
+        left = a.T if transposed.get("transA") else a
+        right = b.T if transposed.get("transB") else b
+        if a.dtype == np.int8:
+            assert c is None
+            return (left.astype(np.int32) @ right.astype(np.int32),)
+        out = (left @ right) * np.asarray(alpha, a.dtype)
+        return (out if c is None else out + c * np.asarray(beta, a.dtype),)
+
+
+class Conv(reference_conv.Conv):
+    """The same; float64 holds these sums exactly."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, w: np.ndarray, *rest: Any, **given: Any) -> tuple[np.ndarray]:
+        if x.dtype != np.int8:
+            return super()._run(x, w, *rest, **given)  # type: ignore[no-any-return]
+        (out,) = super()._run(x.astype(np.float64), w.astype(np.float64), *rest, **given)
+        return (np.asarray(out).astype(np.int32),)
+
+
 KERNELS = (
     FlashAttentionTik,
     UnpadFlashAttentionMix,
@@ -171,6 +244,8 @@ KERNELS = (
     TomeUnmerge,
     TomeUnmerged,
 )
+
+QUANTIZED = (AscendQuant, AscendDequant, MatMul, Gemm, Conv)
 
 
 class Cast(OpRun):
@@ -191,7 +266,7 @@ def run(
     With ``precise`` nothing is rounded to float16, so that a float32 graph shows what it computes
     to the last bits: kernels take float32, and a Cast to float16 does nothing.
     """
-    ops: list[type[OpRun]] = list(KERNELS)
+    ops: list[type[OpRun]] = [*KERNELS, *QUANTIZED]
     if precise:
         ops = [type(op.__name__, (op,), {"real": np.float32}) for op in KERNELS]
         ops.append(Cast)

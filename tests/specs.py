@@ -22,6 +22,8 @@ EXAMPLES = {
     "graphsurgeon": ["graphsurgeon=tests.passes.gs_scripts.tidy"],
     "quantize": ["quantize=w8", "quantize=w4:block=16:ends=true", "quantize=w8:keep=Conv+mid.*"],
     "flash_attention": ["flash_attention=ort", "flash_attention=trt:form=decomposed"],
+    "fix_shapes": ["fix_shapes=B@2+S@16", "fix_shapes=nothing@1"],
+    "lower_ascend": ["lower_ascend", "lower_ascend:timestep=keep"],
     "lower_opset": ["lower_opset=20", "lower_opset=11"],
     "quick_gelu": ["quick_gelu", "quick_gelu:kernel=ascend"],
     "pad_align": ["pad_align", "pad_align:mode=crop", "pad_align:mode=pad"],

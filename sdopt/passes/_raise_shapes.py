@@ -36,6 +36,7 @@ _COMPARES = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual",
 _BROADCAST |= _COMPARES
 _ASKS = frozenset({"Not", "IsNaN", "IsInf"})
 _SAME |= _ASKS
+_QUANTIZE = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _TYPED_BY_FIRST = (
     _SAME | _BROADCAST | frozenset({"MatMul", "Conv", "Gemm", "Reshape", "Transpose"})
 )
@@ -115,7 +116,7 @@ class Shapes:
         for index, output in enumerate(node.outputs):
             if node.op_type == "Cast":
                 self._types[output] = ir.DataType(graph.attribute(node, "to"))
-            elif node.op_type == "CastLike" or node.op_type == "Where":
+            elif node.op_type in ("CastLike", "Where", "DequantizeLinear"):
                 self._types[output] = self.dtype(node.inputs[1])
             elif node.op_type == "Constant" and (tensor := graph.constant_tensor(node)):
                 self._types[output] = tensor.dtype
@@ -166,7 +167,7 @@ class Shapes:
             sizes = self.elements(node.inputs[3]) if len(node.inputs) > 3 else None
             scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
             return resized(first, sizes, scales, new)
-        if op in _SAME:
+        if op in _SAME | _QUANTIZE:
             return first if index == 0 else None
         if op in _BROADCAST:
             second = dims[1] if len(dims) > 1 else None

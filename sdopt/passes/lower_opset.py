@@ -27,7 +27,8 @@ class LowerOpset(Pass):
     that came later becomes what its definition says, in the spelling that exporters of that time
     used and compilers look for. Operators of other domains, and a vendor's own, are left alone.
     What cannot be said in the opset (bfloat16 where an operator had none, axes that are computed)
-    is refused with node and reason, never approximated. Weights are not read.
+    is refused with node and reason, never approximated; only a Reshape to a computed shape is
+    taken to ask for no size of 0, which before opset 14 it could not. Weights are not read.
 
     Numerics: reassociated (a composed operator rounds between its parts). In half precision the
     statistics of a norm are computed in float32, as ``stash_type`` says.

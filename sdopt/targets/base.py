@@ -17,7 +17,7 @@ from sdopt.errors import BuildError, MissingDependencyError
 from sdopt.passes.base import Role
 from sdopt.report import Progress
 from sdopt.session import Session
-from sdopt.shapes import Extent, Sizes
+from sdopt.shapes import Extent, Request, Sizes
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,14 @@ class Target(abc.ABC):
         """The spec of the passes for a component of that role; ``wants`` unless it differs."""
         return self.wants
 
+    def sized(self, request: Request) -> Target:
+        """The target for these sizes; itself unless its lowering depends on them.
+
+        Raises:
+            UsageError: sizes that it cannot build for.
+        """
+        return self
+
     def artifact_name(self, order: Order) -> str | None:
         """The file that the compiler makes of a component; None where the graph is run itself."""
         return None
@@ -138,6 +146,14 @@ class Target(abc.ABC):
         Paths are relative to the folder that holds the components' folders. None where the lowered
         graph is the artifact.
         """
+        return []
+
+    def notes(self) -> list[str]:
+        """What a user should know of these options, for the report of every build."""
+        return []
+
+    def remarks(self, orders: Sequence[Order]) -> list[str]:
+        """Lines for whoever copies the lowered graphs: what the other machine must have."""
         return []
 
     def compiler(self) -> Mapping[str, str]:
@@ -212,7 +228,9 @@ class Target(abc.ABC):
             )
         inlined = {(function.domain, function.name) for function in model.functions.values()}
         for node in graph.nodes(model):
-            if (node.domain, node.op_type) not in inlined and (why := self._illegal(node)):
+            if (node.domain, node.op_type) not in inlined and (
+                why := self._illegal(node, graph.opset(model))
+            ):
                 raise BuildError(
                     f"{self.name()} cannot take {_operator(node)}",
                     where=f"{graph.module_path(node)} (node {node.name})",
@@ -220,7 +238,8 @@ class Target(abc.ABC):
                     hint=f"passes that lower it come with: sdopt build --target {self}",
                 )
 
-    def _illegal(self, node: ir.Node) -> str | None:
+    def _illegal(self, node: ir.Node, opset: int) -> str | None:
+        """Why a node of a graph in that opset is not in the dialect."""
         dialect = self.takes()
         if reason := dialect.refused.get(_operator(node)):
             return reason
