@@ -34,6 +34,9 @@ class Hoist(Pass):
     compilers know an attention's operands by them. Where a moved node needs the batch of
     ``sample``, as the time embedding does, the companion takes that size as an input.
 
+    What to expect: little. It moves 0.38 % of the operations of an SD1.5 step at 64x64; a step was
+    4 % shorter at best on an H200 (7.81 to 7.48 ms), and took 0.94 to 0.97 of its time on a CPU.
+
     Numerics: exact; the same nodes compute the same shapes, elsewhere.
 
     Options:
