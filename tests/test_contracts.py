@@ -32,6 +32,7 @@ EXAMPLES = {
     "graphsurgeon": ["graphsurgeon=tests.passes.gs_scripts.tidy"],
     "quantize": ["quantize=w8", "quantize=w4:block=16:ends=true", "quantize=w8:keep=Conv+mid.*"],
     "flash_attention": ["flash_attention=ort", "flash_attention=trt:form=decomposed"],
+    "lower_opset": ["lower_opset=20", "lower_opset=11"],
     "quick_gelu": ["quick_gelu", "quick_gelu:kernel=ascend"],
     "pad_align": ["pad_align", "pad_align:mode=crop", "pad_align:mode=pad"],
 }

@@ -19,13 +19,13 @@ IR_VERSION = 10
 _FLATTENING = frozenset({"Softmax", "LogSoftmax", "Hardmax"})
 """Until opset 12 they took all axes from ``axis`` (1 unless given) on as one."""
 
-_REDUCTIONS = frozenset(
+REDUCTIONS = frozenset(
     {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"}
     | {"ReduceMin", "ReduceProd", "ReduceSumSquare"}
 )
 """Their axes became an input in opset 18; those of ReduceSum in opset 13."""
 
-_SAME_MEANING = frozenset(
+SAME_MEANING = frozenset(
     {"Abs", "Acos", "Acosh", "Add", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Cast"}
     | {"Bernoulli", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv"}
     | {"ConvTranspose", "Cos", "Cosh", "CumSum", "DeformConv", "DepthToSpace", "Det", "Div", "Elu"}
@@ -55,7 +55,7 @@ class _Upgrade:
             "Squeeze": self._axes_before(13),
             "Unsqueeze": self._axes_before(13),
             "ReduceSum": self._axes_before(13),
-            **dict.fromkeys(_REDUCTIONS, self._axes_before(18)),
+            **dict.fromkeys(REDUCTIONS, self._axes_before(18)),
             "Split": self._split,
             **dict.fromkeys(_FLATTENING, self._softmax),
             "Dropout": self._dropout,
@@ -91,7 +91,7 @@ class _Upgrade:
             return "a Resize has a mode that opset 13 dropped" if old_mode else None
         if name == "GroupNormalization" and not self._channels(node):
             return "the channels of a GroupNormalization are not known"
-        known = name in self.rules or name in _SAME_MEANING
+        known = name in self.rules or name in SAME_MEANING
         return None if known else f"{name} is not known to mean the same in opset {OPSET}"
 
     def _axes_before(self, version: int) -> Callable[[ir.Node], None]:
