@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "quick_gelu": "sdopt.passes.quick_gelu:QuickGelu",
     "flash_attention": "sdopt.passes.flash_attention:FlashAttention",
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
+    "lift_scalars": "sdopt.passes.lift_scalars:LiftScalars",
     "lower_opset": "sdopt.passes.lower_opset:LowerOpset",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
     "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",
