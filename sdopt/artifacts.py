@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt import datafile
+from sdopt.errors import storage_error
 
 CHUNK = 1 << 20
 """Bytes of an artifact that are hashed at a time."""
@@ -54,6 +55,13 @@ def record_path(path: Path) -> Path:
 
 def known(path: Path, key: str) -> Artifact | None:
     """The artifact at ``path`` if it was made from what ``key`` stands for and is whole."""
+    found = recorded(path)
+    same = found is not None and found.key == key
+    return found if same and found is not None and found.digest == digest_of(path) else None
+
+
+def recorded(path: Path) -> Artifact | None:
+    """What the record beside the artifact at ``path`` says, if there is one of a file its size."""
     record = record_path(path)
     if not path.is_file() or not record.is_file():
         return None
@@ -62,8 +70,7 @@ def known(path: Path, key: str) -> Artifact | None:
         found = Artifact(**data)
     except (ValueError, TypeError):  # cut short or of another version: as if there were none
         return None
-    same = found.key == key and found.size == path.stat().st_size
-    return found if same and found.digest == digest_of(path) else None
+    return found if found.size == path.stat().st_size else None
 
 
 @contextlib.contextmanager
@@ -71,9 +78,15 @@ def writing(path: Path) -> Iterator[Path]:
     """A scratch folder beside ``path`` for a compiler to write into; gone in any case afterwards.
 
     Nothing is under ``path`` but what was there before until ``commit``.
+
+    Raises:
+        StorageError: the folder cannot be written.
     """
     folder = path.with_name(f".{path.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise storage_error(error, f"write into {path.parent}") from error
     try:
         yield folder
     finally:
@@ -96,8 +109,11 @@ def commit(
     artifact = Artifact(
         path.name, key, digest_of(made), made.stat().st_size, seconds, versions, facts
     )
-    record_path(path).unlink(missing_ok=True)
-    os.replace(made, path)
+    try:
+        record_path(path).unlink(missing_ok=True)
+        os.replace(made, path)
+    except OSError as error:
+        raise storage_error(error, f"write {path.name}") from error
     text = json.dumps(dataclasses.asdict(artifact), indent=2, sort_keys=True) + "\n"
     datafile.write_bytes(record_path(path), text.encode())
     return artifact
