@@ -41,6 +41,7 @@ TARGETS: dict[str, str] = {
     "ort": "sdopt.targets.ort:Ort",
     "trt": "sdopt.targets.trt:Trt",
     "trt_rtx": "sdopt.targets.trt_rtx:TrtRtx",
+    "tpu": "sdopt.targets.tpu:Tpu",
 }
 """Built-in targets: CLI word to ``module:Class``."""
 

@@ -321,7 +321,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("clean", "ort, trt, trt_rtx, runtime"),
+        ("clean", "ort, trt, trt_rtx, tpu, runtime"),
         ("fuse_qkv", "runtime:device=gpu"),
         ("tome", "runtime"),
         ("lora", "no target by itself"),
