@@ -7,16 +7,19 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
 EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,dev
 
+PYTHON310 ?=
+TPU       := .venv-tpu
+
 # A terminal's colours and a developer's own settings must not decide whether tests pass.
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick lint docs format bench optimum clean
+.PHONY: help venv demo test quick lint docs format bench optimum tpu-env clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Make .venv with the tested versions (PYTHON=python3.12 picks another Python)
 
@@ -64,6 +67,17 @@ optimum: $(STAMP) ## Run a bundle with Hugging Face optimum's pipeline, in .venv
 		optimum-onnx==0.1.0 transformers==4.57.6 diffusers==0.39.0 onnxruntime==1.31.1 $(TORCH)
 	@$(BIN)/sdopt export examples/digits -o build/optimum --dtype fp32
 	@.venv-optimum/bin/python examples/optimum/check.py build/optimum examples/digits
+
+# tpu_mlir is built for Python 3.10 and wants packages of 2023, so it gets an environment of its own;
+# sdopt runs its tools as commands. The tests find it there.
+tpu-env: $(TPU)/.installed ## Sophgo's compiler in .venv-tpu (PYTHON310=... picks a Python 3.10)
+
+$(TPU)/.installed: constraints-tpu.txt
+	@python=$$(./.ci/find-python310 $(PYTHON310)) && echo "making $(TPU) with $$python" \
+		&& "$$python" -m venv --clear $(TPU)
+	@$(TPU)/bin/python -m pip install --quiet uv
+	@$(TPU)/bin/uv pip install --quiet --python $(TPU)/bin/python --no-deps -r constraints-tpu.txt
+	@touch $@
 
 clean: ## Remove .venv, caches and what the demo left
 	@rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

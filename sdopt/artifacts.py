@@ -58,6 +58,13 @@ def record_path(path: Path) -> Path:
 
 def known(path: Path, key: str) -> Artifact | None:
     """The artifact at ``path`` if it was made from what ``key`` stands for and is whole."""
+    found = recorded(path)
+    same = found is not None and found.key == key
+    return found if same and found is not None and found.digest == digest_of(path) else None
+
+
+def recorded(path: Path) -> Artifact | None:
+    """What the record beside the artifact at ``path`` says, if there is one of a file its size."""
     record = record_path(path)
     if not path.is_file() or not record.is_file():
         return None
@@ -66,8 +73,7 @@ def known(path: Path, key: str) -> Artifact | None:
         found = Artifact(**data)
     except (ValueError, TypeError):  # cut short or of another version: as if there were none
         return None
-    same = found.key == key and found.size == path.stat().st_size
-    return found if same and found.digest == digest_of(path) else None
+    return found if found.size == path.stat().st_size else None
 
 
 @contextlib.contextmanager
@@ -111,8 +117,11 @@ def commit(
     artifact = Artifact(
         path.name, key, digest_of(made), made.stat().st_size, seconds, versions, facts
     )
-    record_path(path).unlink(missing_ok=True)
-    os.replace(made, path)
+    try:
+        record_path(path).unlink(missing_ok=True)
+        os.replace(made, path)
+    except OSError as error:
+        raise storage_error(error, f"write {path.name}") from error
     text = json.dumps(dataclasses.asdict(artifact), indent=2, sort_keys=True) + "\n"
     datafile.write_bytes(record_path(path), text.encode())
     return artifact

@@ -115,7 +115,8 @@ def _order(
     doubled = role is Role.DENOISER
     profiles = request.profiles(inputs, doubled=doubled, where=one.component)
     unique = [p for i, p in enumerate(profiles) if p not in profiles[:i]]
-    return Order(one.component, role, stage.path, unique, request.sizes, request.batch, progress)
+    family, sizes = stage.record.family, request.sizes
+    return Order(one.component, role, stage.path, unique, sizes, request.batch, progress, family)
 
 
 def _sample_size(bundle: Bundle) -> int | None:
@@ -126,20 +127,19 @@ def _sample_size(bundle: Bundle) -> int | None:
 
 
 def _compile(report: ComponentReport, order: Order, target: Target, force: bool) -> None:
-    name = target.artifact_name(order)
-    if name is None:
+    path = target.artifact_path(order)
+    if path is None:
         return
-    path = order.lowered.with_name(name)
     artifacts.tidy(path)
     versions = dict(target.compiler())
-    deciding = [report.digest, str(target), versions, [dict(p) for p in order.profiles]]
+    deciding = [report.digest, target.deciding(), versions, [dict(p) for p in order.profiles]]
     key = provenance.key(deciding)
     if not force and (found := artifacts.known(path, key)) is not None:
         report.artifact = dataclasses.asdict(found) | {"up_to_date": True}
         return
     start = time.perf_counter()
     with artifacts.writing(path) as folder:
-        made = folder / name
+        made = folder / path.name
         try:
             facts = target.compile(order, made)
         except SdoptError as error:
@@ -172,7 +172,7 @@ def _emit(bundle: Bundle, target: Target, orders: Sequence[Order]) -> list[str]:
         text += "run them"
     text += ":\n\n" + "".join(f"    {name}\n" for name in files)
     if lines:
-        text += "\nThen copy the artifacts back beside the graphs.\n"
+        text += "\nThen copy the artifacts back, keeping their folders.\n"
     text += "".join(f"\n{remark}\n" for remark in target.remarks(orders))
     datafile.write_bytes(bundle.path / f"{stem}.md", text.encode())
     return [f"what to copy where is in {bundle.path / f'{stem}.md'}"]

@@ -29,6 +29,7 @@ PASSES: dict[str, str] = {
     "lower_group_norm": "sdopt.passes.lower_group_norm:LowerGroupNorm",
     "fix_shapes": "sdopt.passes.fix_shapes:FixShapes",
     "lower_ascend": "sdopt.passes.lower_ascend:LowerAscend",
+    "lift_scalars": "sdopt.passes.lift_scalars:LiftScalars",
     "lower_opset": "sdopt.passes.lower_opset:LowerOpset",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
     "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",
@@ -45,6 +46,7 @@ TARGETS: dict[str, str] = {
     "atc": "sdopt.targets.atc:Atc",
     "trt": "sdopt.targets.trt:Trt",
     "trt_rtx": "sdopt.targets.trt_rtx:TrtRtx",
+    "tpu": "sdopt.targets.tpu:Tpu",
 }
 """Built-in targets: CLI word to ``module:Class``."""
 

@@ -147,7 +147,8 @@ class Job:
         known = provenance.versions("onnx", "onnx-ir", "numpy")
         if self.target is not None:
             known |= self.target.lowering_versions()
-        deciding = [source.digest, str(pipeline), self.seed, str(self.target), known]
+        target = self.target.deciding() if self.target is not None else "None"
+        deciding = [source.digest, str(pipeline), self.seed, target, known]
         deciding += pipeline.reads()
         return dataclasses.replace(
             source.record,

@@ -106,6 +106,42 @@ def test_a_python_that_is_too_old_or_missing_is_named(tmp_path: Path) -> None:
     assert found.stdout.strip() == sys.executable
 
 
+def test_a_machine_without_python_3_10_is_told_what_to_do(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "printf"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    done = subprocess.run(
+        [ROOT / ".ci/find-python310", sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(tools)},
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "tpu_mlir needs Python 3.10" in done.stderr
+    assert "make PYTHON310=" in done.stderr
+    right = tmp_path / "python3.10"
+    right.write_text("#!/bin/sh\nexit 0\n")
+    right.chmod(0o755)
+    found = subprocess.run(
+        [ROOT / ".ci/find-python310", sys.executable, right],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(right)
+
+
+def test_the_tpu_environment_is_pinned_whole_and_made_before_the_tests() -> None:
+    lines = (ROOT / "constraints-tpu.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all([one.operator for one in pin.specifier] == ["=="] for pin in pins)
+    assert "tpu_mlir==1.30.2" in lines or "tpu-mlir==1.30.2" in lines
+    commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+    assert commands.index("make tpu-env") < commands.index("make test")
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -30,6 +30,9 @@ def build(
     bf16: Annotated[bool, typer.Option("--bf16", help="Short for TARGET:dtype=bf16.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Short for TARGET:dtype=int8.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Short for TARGET:dtype=fp8.")] = False,
+    tpu_python: Annotated[
+        str, typer.Option(help="Short for tpu:python=PATH.  [default: $SDOPT_TPU_PYTHON]")
+    ] = "",
     shapes: Annotated[
         str,
         typer.Option(help="HEIGHTxWIDTH in pixels: 512x512,768x768 or 256x256..1024x1024."),
@@ -61,10 +64,15 @@ def build(
     if len(chosen) > 1:
         raise UsageError(f"one type at a time: --{' --'.join(chosen)}", hint=f"--{chosen[0]}")
     extra = [*(f"provider={provider}" for _ in [0] if provider), *(f"dtype={d}" for d in chosen)]
+    named = [f'python="{tpu_python}"'] * bool(tpu_python)
+    targets = [
+        ":".join([text, *extra, *(named if text.split(":")[0] == "tpu" else [])])
+        for text in target or ["ort"]
+    ]
     with render.progress("build") as tell:
         report = api.build(
             bundle,
-            [":".join([text, *extra]) for text in target or ["ort"]],
+            targets,
             components=component,
             source=source,
             shapes=shapes,

@@ -1,4 +1,4 @@
-"""What can be compared: stages of a bundle, ONNX files, and a checkpoint's PyTorch modules."""
+"""What can be compared: bundles' stages, ONNX files, artifacts, a checkpoint's PyTorch modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sdopt import companions, graph, modelfile, registry, spec
+from sdopt import artifacts, companions, graph, modelfile, registry, spec
 from sdopt.bundle import MANIFEST, OPTIMIZED, Bundle
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord, Step
@@ -76,7 +76,8 @@ def side(text: str | Path, target: str) -> Side:
                 hint="give BUNDLE, BUNDLE@STAGE, FILE.onnx or a diffusers folder",
             )
     if path.is_file():
-        return _file(path, target)
+        made = artifacts.recorded(path)
+        return _artifact(path, made.facts) if made else _file(path, target)
     is_bundle = (path / MANIFEST).is_file() or not (path / "model_index.json").is_file()
     if stage == PYTORCH or (stage is None and not is_bundle):
         return _checkpoint(path)
@@ -88,6 +89,31 @@ def _file(path: Path, target: str) -> Side:
     name = StageRecord.loads(text, str(path)).component if text else path.stem
     label = str(path)
     return Side(label, {name: lambda _: _graph(path, label, target, {})}, anonymous=text is None)
+
+
+def _artifact(path: Path, facts: Mapping[str, Any]) -> Side:
+    """An artifact whose record says how it was made, run at its first size by its own target.
+
+    Raises:
+        UsageError: artifacts of this kind are not run here.
+    """
+    if "simulated" not in facts:
+        raise UsageError(
+            "an artifact of this kind cannot be run here",
+            where=str(path),
+            hint="compare the lowered graph instead: BUNDLE@STAGE",
+        )
+    how = facts["simulated"]
+
+    def opened(name: str) -> Opened:
+        session = registry.make("targets", facts["target"]).open(path)
+        first = facts["sizes"][0]
+        ports = {k: Port(port.dtype, tuple(first[k])) for k, port in session.inputs.items()}
+        history = tuple(Step(**step) for step in how["history"])
+        dtypes = frozenset(how["dtypes"])
+        return Opened(str(path), session.run, ports, how["origin"], history, dtypes)
+
+    return Side(str(path), {facts["component"]: opened})
 
 
 def _bundle(bundle: Bundle, stage: str | None, target: str) -> Side:

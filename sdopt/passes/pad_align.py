@@ -36,8 +36,8 @@ class PadAlign(Pass):
         Reshape(x, [B, frozen, frozen, C])            ->  ... H and W of what was flattened
 
     Applies when: a nearest doubling meets a skip in a Concat over channels. Left alone: other
-    interpolation, upsamplers without a skip (a VAE's), arithmetic that is exact, and everything
-    where height and width are fixed.
+    interpolation, upsamplers without a skip (a VAE's), arithmetic that is exact (``crop`` slices
+    a Resize to the skip's size too), and everything where height and width are fixed.
 
     Numerics: exact; ``mode=pad`` is another function and lossy.
 
@@ -69,7 +69,7 @@ class PadAlign(Pass):
         for upsampler, fault in zip(upsamplers, faults, strict=True):
             if isinstance(fault, str):
                 ctx.skip(fault, upsampler.node, "upsampler")
-            elif fault and free:
+            elif free and (fault or (self.mode == "crop" and _takes_sizes(upsampler.node))):
                 wrong.append(upsampler)
             else:
                 ctx.already("upsampler")
@@ -82,6 +82,12 @@ class PadAlign(Pass):
             stale = _align(wrong, self.mode, ctx)
             stale += _unflatten.restore(model, sizes, ctx)
             _forget_sizes(model, stale)
+
+
+def _takes_sizes(node: ir.Node) -> bool:
+    """Whether a Resize that meets its skip does so by a size: pixel by pixel that doubled, cut."""
+    modes = {key: graph.attribute(node, key) for key in _REPEAT}
+    return len(node.inputs) > 3 and modes == _REPEAT
 
 
 def _pad(model: ir.Model, upsamplers: list[_upsamplers.Upsampler], ctx: PassContext) -> None:

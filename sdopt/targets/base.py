@@ -55,6 +55,7 @@ class Order:
         sizes: the profiles' image sizes, in the same order.
         batch: images at once, from least to greatest.
         progress: is told what the compiler does.
+        family: the family of the model (``sd1``), where it is known.
     """
 
     component: str
@@ -64,6 +65,7 @@ class Order:
     sizes: Sequence[Sizes]
     batch: tuple[int, int]
     progress: Progress
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ class Target(abc.ABC):
     def artifact_name(self, order: Order) -> str | None:
         """The file that the compiler makes of a component; None where the graph is run itself."""
         return None
+
+    def artifact_path(self, order: Order) -> Path | None:
+        """Where the artifact goes: beside the lowered graph, unless its runtime wants another."""
+        name = self.artifact_name(order)
+        return order.lowered.with_name(name) if name is not None else None
+
+    def deciding(self) -> str:
+        """The options that decide the lowered graph and the artifact, as text."""
+        return str(self)
 
     def compile(self, order: Order, made: Path) -> dict[str, Any]:
         """Compile a component into the file ``made``, in a folder of its own.

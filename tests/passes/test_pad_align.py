@@ -56,6 +56,19 @@ def test_crop_slices_a_doubling() -> None:
     ]
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 5), (8, 8), (9, 4), (31, 17)])
+def test_crop_slices_what_takes_the_skips_size_already(height: int, width: int) -> None:
+    resized = unet()
+    align(resized)
+    cropped = resized.clone()
+    assert align(cropped, "crop").rewrites == {"upsampler": 1}
+    assert [line for line in lines(cropped) if "= Resize" in line] == [
+        "Resize_out_1 = Resize(down, , [1.0,1.0,2.0,2.0])"
+    ]
+    np.testing.assert_array_equal(run(cropped, height, width), run(resized, height, width))
+    assert align(cropped, "crop").rewrites == {}
+
+
 def test_pad_pads_the_input_and_crops_the_output() -> None:
     model = unet()
     assert align(model, "pad").rewrites == {"padded input": 1, "cropped output": 1, "upsampler": 1}
