@@ -178,7 +178,7 @@ class TensorRtTarget(Target):
                 where=str(plan),
                 hint=f"make it: sdopt build --target {self}",
             )
-        from sdopt.targets.trt_session import TrtSession
+        from sdopt.targets._trt_session import TrtSession
 
         return TrtSession(plan, self.library())
 

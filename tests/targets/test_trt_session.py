@@ -14,7 +14,7 @@ from sdopt.targets import _cuda
 from sdopt.targets._cuda import Cuda
 from sdopt.targets.trt import Trt
 from sdopt.targets.trt_rtx import TrtRtx
-from sdopt.targets.trt_session import CONTEXTS, DeviceMemory, TrtSession
+from sdopt.targets._trt_session import CONTEXTS, DeviceMemory, TrtSession
 from tests.targets import fake_gpu
 
 
@@ -138,7 +138,7 @@ def test_kernels_that_are_still_compiled_are_not_captured(card: fake_gpu.Card, p
 def test_the_shapes_that_are_kept_are_bounded(
     card: fake_gpu.Card, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdopt.targets.trt_session.CONTEXTS", 2)
+    monkeypatch.setattr("sdopt.targets._trt_session.CONTEXTS", 2)
     assert CONTEXTS == 8
     session = opened(card, plan)
     for rows in (1, 2, 3, 1, 2, 3):
