@@ -12,9 +12,9 @@ from sdopt.errors import BuildError, UsageError
 from sdopt.session import Port
 from sdopt.targets import _cuda
 from sdopt.targets._cuda import Cuda
+from sdopt.targets._trt_session import CONTEXTS, DeviceMemory, TrtSession
 from sdopt.targets.trt import Trt
 from sdopt.targets.trt_rtx import TrtRtx
-from sdopt.targets._trt_session import CONTEXTS, DeviceMemory, TrtSession
 from tests.targets import fake_gpu
 
 
