@@ -116,10 +116,13 @@ class Builder:
         if cancelled():
             raise KeyboardInterrupt
         if plan is None:
+            refit = "REFIT" in settings.flags and trt.__name__ == "tensorrt_rtx"
             raise BuildError(
                 f"{trt.__name__} could not build an engine",
                 why=self.log.errors() or "it gave no reason",
-                hint="sdopt build --check says whether it takes the graph; --emit-only keeps the "
+                hint="TensorRT-RTX 1.7 builds refittable engines on a machine with a card only"
+                if refit
+                else "sdopt build --check says whether it takes the graph; --emit-only keeps the "
                 "lowered graph for its own tools",
             )
         _save_cache(config, cache, settings.timing_cache)

@@ -53,8 +53,13 @@ class TrtRtx(TensorRtTarget):
 
     def settings(self) -> Settings:
         """The builder's settings, with the compute capabilities."""
+        settings = super().settings()
+        # RTX 1.7's package has no lean runtime to put into a version-compatible engine.
+        lean = ["EXCLUDE_LEAN_RUNTIME"] * self.version_compatible
         return dataclasses.replace(
-            super().settings(), capabilities=[f"SM{one}" for one in self.sm]
+            settings,
+            capabilities=[f"SM{one}" for one in self.sm],
+            flags=[*settings.flags, *lean],
         )
 
     def commands(self, orders: Sequence[Order]) -> list[str]:

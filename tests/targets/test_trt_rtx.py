@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -105,6 +106,33 @@ def test_quantized_builds_want_something_quantized(tmp_path: Path) -> None:
     path = lowered(target, tmp_path)
     with pytest.raises(BuildError, match="nothing in unet is in int8"):
         target.compile(order(path, "64x64"), tmp_path / "x.plan")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["level=3:workspace=64", "version_compatible=true", "dtype=bf16:sm=80", "dtype=fp32"],
+)
+def test_options_of_the_builder(tmp_path: Path, options: str) -> None:
+    target = registry.make("targets", f"trt_rtx:{options}")
+    assert isinstance(target, TrtRtx)
+    told: list[tuple[str, float]] = []
+    given = dataclasses.replace(
+        order(lowered(target, tmp_path), "64x64"),
+        progress=lambda what, share: told.append((what, share)),
+    )
+    target.compile(given, tmp_path / "x.plan")
+    assert (tmp_path / "x.plan").stat().st_size > 100_000
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= 1
+
+
+def test_a_refittable_engine_wants_a_card(tmp_path: Path) -> None:
+    target = TrtRtx(refit=True)
+    given = order(lowered(target, tmp_path), "64x64")
+    with pytest.raises(BuildError, match="could not build an engine") as caught:
+        target.compile(given, tmp_path / "x.plan")
+    assert "with a card" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(("dtype", "sm"), [("int8", "86"), ("fp8", "89")])
