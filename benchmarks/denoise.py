@@ -39,6 +39,8 @@ LADDER: dict[str, str] = {
     "nhwc": "clean,cast_fp16,lower_attention,lower_channels_last",
     "geglu": "clean,cast_fp16,lower_attention,lower_channels_last,fuse_geglu",
     "skip": "clean,cast_fp16,lower_attention,lower_channels_last,fuse_geglu,fuse_skip_norm",
+    "shared": "clean,cast_fp16,flash_attention=ort,lower_attention,fuse_shared_linears,"
+    "lower_channels_last,fuse_geglu,fuse_skip_norm",
 }
 """Variants of the graph, each a pipeline over the exported one."""
 
@@ -193,8 +195,8 @@ class Bench:
         found = opened.run(arrays)["out_sample"]
         return Row(f"ort {name}", ms, self.distance(found), setup)
 
-    def variants(self) -> dict[str, Callable[[], Row]]:
-        """Every variant by its word."""
+    def variants(self, extra: list[str]) -> dict[str, Callable[[], Row]]:
+        """Every variant by its word; ``extra`` are texts like ``NAME:PASSES@OPTION=VALUE``."""
         made: dict[str, Callable[[], Row]] = {
             "eager": lambda: self.eager(graph=False),
             "graph": lambda: self.eager(graph=True),
@@ -203,6 +205,12 @@ class Bench:
         }
         for name, passes in LADDER.items():
             made[f"ort-{name}"] = lambda n=name, p=passes: self.ort(n, p)
+        for text in extra:
+            name, _, rest = text.partition(":")
+            passes, *given = rest.split("@")
+            chosen = dict(one.split("=", 1) for one in given)
+            passes = LADDER.get(passes, passes)
+            made[name] = lambda n=name, p=passes, c=chosen: self.ort(n, p, provider_options=c)
         return made
 
 
@@ -211,12 +219,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("build/denoise"))
     parser.add_argument("--variants", help="comma-separated; all but autotune by default")
+    parser.add_argument(
+        "--ort",
+        action="append",
+        default=[],
+        metavar="NAME:PASSES[@OPTION=VALUE...]",
+        help="one more variant: passes, or a rung's word, and options of the CUDA provider",
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--latent", default="64x64", help="HEIGHTxWIDTH")
     parser.add_argument("--count", type=int, default=50, help="launches of each")
     options = parser.parse_args()
     bench = Bench(options)
-    known = bench.variants()
+    known = bench.variants(options.ort)
     names = (
         options.variants.split(",") if options.variants else [n for n in known if n != "autotune"]
     )

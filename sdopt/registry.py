@@ -34,6 +34,7 @@ PASSES: dict[str, str] = {
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
     "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",
     "fuse_skip_norm": "sdopt.passes.fuse_skip_norm:FuseSkipNorm",
+    "fuse_shared_linears": "sdopt.passes.fuse_shared_linears:FuseSharedLinears",
     "fuse_geglu": "sdopt.passes.fuse_geglu:FuseGeglu",
     "simplify": "sdopt.passes.simplify:Simplify",
     "graphsurgeon": "sdopt.passes.graphsurgeon:Graphsurgeon",

@@ -105,6 +105,22 @@ def concat(
     return BlockTensor(blocks, dtype, shape, name, recipe)
 
 
+def add(a: ir.TensorProtocol, b: ir.TensorProtocol, name: str = "") -> ir.TensorProtocol:
+    """The sum of two tensors of one shape and float type, computed when it is written.
+
+    Raises:
+        ValueError: they differ in shape or dtype.
+    """
+    if a.dtype != b.dtype or list(a.shape.numpy()) != list(b.shape.numpy()):
+        raise ValueError(f"cannot add {list(b.shape.numpy())} to {list(a.shape.numpy())}")
+
+    def blocks() -> Blocks:
+        for left, right in zip(read_blocks(a), read_blocks(b), strict=True):
+            yield (left.astype(np.float32) + right.astype(np.float32)).astype(left.dtype)
+
+    return BlockTensor(blocks, a.dtype, a.shape.numpy(), name, ("add", _kept(a), _kept(b)))
+
+
 def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtocol:
     """A convolution's ``[O, I, kH, kW]`` as ``[O, kH, kW, I]``, some output channels at a time.
 

@@ -25,6 +25,7 @@ EXAMPLES = {
     "fix_shapes": ["fix_shapes=B@2+S@16", "fix_shapes=nothing@1"],
     "lower_ascend": ["lower_ascend", "lower_ascend:timestep=keep"],
     "lower_opset": ["lower_opset=20", "lower_opset=11"],
+    "fuse_shared_linears": ["fuse_shared_linears", "fuse_shared_linears:least=2"],
     "quick_gelu": ["quick_gelu", "quick_gelu:kernel=ascend"],
     "pad_align": ["pad_align", "pad_align:mode=crop", "pad_align:mode=pad"],
 }

@@ -145,7 +145,7 @@ def nothing_for(one: Pass) -> ir.Model:
     it gets a graph into which the adapter was merged before.
     """
     model = model_of(
-        """g (int64[N,3] x, bool flag) => (int64[N,3] y) {
+        """g (int64[N,3] x, bool[1] flag) => (int64[N,3] y) {
             a = Add(x, w)
             y = If (flag) <
                 then_branch = t () => (int64[N,3] b) { b = Neg(a) },

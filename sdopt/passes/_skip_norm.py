@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sdopt import graph
+from sdopt import graph, weights
 
 MICROSOFT = "com.microsoft"
 
@@ -70,3 +70,40 @@ def without_bias(
     made = emit("NhwcConv", *node.inputs[:2], domain=MICROSOFT, **kept)
     made.type, made.shape = value.type, value.shape
     return made, node.inputs[2]
+
+
+def gathered_bias(
+    bias: ir.Value | None, skip: ir.Value, emit: graph.Emitter
+) -> tuple[ir.Value, ir.Value | None]:
+    """The skip of a group norm before its own convolution's bias, and both biases as one.
+
+    The norm adds one bias to the sum anyway, and a convolution's is a launch of its own.
+    """
+    if not _has_bias(skip, "group_norm"):
+        return skip, bias
+    plain, second = without_bias(skip, "group_norm", emit)
+    tensors = [v.const_value for v in (bias, second) if v is not None]
+    if bias is None or len(tensors) < 2:
+        return plain, second
+    return plain, emit.weight(weights.add(tensors[0], tensors[1]), "bias")  # type: ignore[arg-type]
+
+
+def bias_as_skip(norm: ir.Node, emit: graph.Emitter) -> tuple[ir.Value, ir.Value] | None:
+    """For a norm of a convolution's pixels as tokens: those before its bias, and the bias.
+
+    The bias comes as ``[S, C]``, which SkipLayerNormalization adds to every image of the batch.
+    """
+    flat = graph.producer(norm.inputs[0], "Reshape")
+    if flat is None or flat.inputs[0] is None or not _has_bias(flat.inputs[0], "group_norm"):
+        return None
+    rank = graph.rank(flat.outputs[0])
+    if rank != 3 or graph.static_dim(flat.outputs[0], 2) is None:
+        return None
+    plain, bias = without_bias(flat.inputs[0], "group_norm", emit)
+    if bias is None or bias.const_value is None:
+        return None
+    tokens = emit("Reshape", plain, *flat.inputs[1:])
+    tokens.type, tokens.shape = flat.outputs[0].type, flat.outputs[0].shape
+    skip = emit("Expand", bias, emit("Shape", tokens, start=1, end=3))
+    skip.type = flat.outputs[0].type
+    return tokens, skip

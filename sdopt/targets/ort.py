@@ -42,7 +42,8 @@ class Ort(Target):
     Options: ``provider`` (``cpu``, ``cuda``); ``threads`` used inside an operator, 0 for one per
     core (cpu); ``device`` number of the card, ``graph`` whether kernels are captured as a CUDA
     graph per shape, ``search`` how cuDNN picks convolutions, ``fuse_bias`` whether it adds their
-    bias itself (cuda); ``dtype`` fp16 or bf16 casts on the way, empty leaves the graph's.
+    bias itself, ``prefer_nhwc`` whether onnxruntime may turn what is left channels-first (cuda);
+    ``dtype`` fp16 casts on the way, empty leaves the graph's.
     """
 
     provider: Literal["cpu", "cuda"] = "cpu"
@@ -51,6 +52,7 @@ class Ort(Target):
     graph: bool = True
     search: Literal["exhaustive", "heuristic", "default"] = "exhaustive"
     fuse_bias: bool = True
+    prefer_nhwc: bool = False
     dtype: Literal["", "fp32", "fp16"] = ""
 
     dialect: ClassVar[Dialect] = _CPU
@@ -62,7 +64,7 @@ class Ort(Target):
             raise ValueError("threads and device must be 0 or more")
         given = [
             name
-            for name in ("device", "graph", "search", "fuse_bias")
+            for name in ("device", "graph", "search", "fuse_bias", "prefer_nhwc")
             if getattr(self, name) != type(self).__dataclass_fields__[name].default
         ]
         if given and self.provider == "cpu":
@@ -81,8 +83,8 @@ class Ort(Target):
         if self.provider == "cpu":
             return f"clean,{cast}lower_group_norm,flash_attention=ort"
         return (
-            f"clean,{cast}flash_attention=ort,lower_attention,fuse_geglu,lower_channels_last,"
-            "fuse_skip_norm"
+            f"clean,{cast}flash_attention=ort,lower_attention,fuse_shared_linears,fuse_geglu,"
+            "lower_channels_last,fuse_skip_norm"
         )
 
     def stage_name(self) -> str:
@@ -143,6 +145,7 @@ class Ort(Target):
             provider_options={
                 "cudnn_conv_algo_search": self.search.upper(),
                 "fuse_conv_bias": str(int(self.fuse_bias)),
+                "prefer_nhwc": str(int(self.prefer_nhwc)),
             },
             optimize=optimize,
         )

@@ -142,3 +142,72 @@ LEFT = {
 def test_what_is_left_alone(case: str) -> None:
     build, reason = LEFT[case]
     leaves(FuseSkipNorm(), build(), reason)
+
+
+@KINDS
+@BATCHES
+def test_biases_of_convolutions_on_both_sides_are_one(kind: str, batch: int) -> None:
+    """A resnet's last convolution and that of its shortcut."""
+
+    def two() -> ir.Model:
+        body = """
+            c = com.microsoft.NhwcConv(x, w, bias)
+            d = com.microsoft.NhwcConv(z, v, other)
+            s = Add(d, c)
+            n = com.microsoft.GroupNorm<groups=4, epsilon=0.00001, activation=1, channels_last=1>
+                (s, g, h)
+            y = Add(n, s)"""
+        weights = arrays(kind, w=(8, 1, 1, 8), v=(8, 1, 1, 8), bias=(8,), other=(8,))
+        weights |= arrays("float", g=(8,), h=(8,))
+        head = f"g ({kind}[B,H,W,8] x, {kind}[B,H,W,8] z) => ({kind}[B,H,W,8] y)"
+        model = model_of(f"{head} {{ {body} }}", weights)
+        model.opset_imports["com.microsoft"] = 1
+        return shaped(model, kind, {name: ["B", "H", "W", 8] for name in "cdsn"})
+
+    model, plain = two(), two()
+    inputs = arrays(kind, x=(batch, 3, 4, 8), z=(batch, 3, 4, 8))
+    assert apply(FuseSkipNorm(), model).rewrites == {"group_norm": 1}
+    convs = [node for node in model.graph if node.op_type == "NhwcConv"]
+    assert [len(node.inputs) for node in convs] == [2, 2]
+    (norm,) = [node for node in model.graph if node.op_type == "SkipGroupNorm"]
+    assert len(norm.inputs) == 5
+    standard(model)
+    standard(plain)
+    wanted, found = run(plain, inputs)[0], run(model, inputs)[0]
+    assert relative_l2(found, wanted) <= TOLERANCE[kind]
+
+
+def pixels(kind: str = "float", *, bias: str = ", bias", shape: str = "flat") -> ir.Model:
+    """A transformer's first norm: of a convolution's pixels as tokens."""
+    body = f"""
+        c = com.microsoft.NhwcConv(x, w{bias})
+        s = Reshape(c, {shape})
+        n = LayerNormalization<epsilon=0.001>(s, g, h)
+        y = Add(n, s)"""
+    head = f"g ({kind}[B,H,W,8] x) => ({kind}[B,S,8] y)"
+    weights = arrays(kind, w=(8, 1, 1, 8), g=(8,), h=(8,)) | {"flat": np.array([0, -1, 8])}
+    weights |= arrays(kind, bias=(8,)) if bias else {}
+    model = model_of(f"{head} {{ {body} }}", weights)
+    model.opset_imports["com.microsoft"] = 1
+    shapes: dict[str, list[int | str]] = {"c": ["B", "H", "W", 8], "s": ["B", "S", 8]}
+    return shaped(model, kind, shapes | {"n": ["B", "S", 8]})
+
+
+@KINDS
+@BATCHES
+def test_the_bias_in_front_of_a_transformer(kind: str, batch: int) -> None:
+    model, plain = pixels(kind), pixels(kind)
+    assert apply(FuseSkipNorm(), model).rewrites == {"layer_norm": 1}
+    assert ops(model)["com.microsoft::SkipLayerNormalization"] == 1
+    (conv,) = [node for node in model.graph if node.op_type == "NhwcConv"]
+    assert len(conv.inputs) == 2
+    standard(model)
+    standard(plain)
+    for height, width in ((3, 4), (5, 2)):
+        inputs = arrays(kind, x=(batch, height, width, 8))
+        wanted, found = run(plain, inputs)[0], run(model, inputs)[0]
+        assert relative_l2(found, wanted) <= TOLERANCE[kind]
+
+
+def test_pixels_without_a_bias_are_left() -> None:
+    leaves(FuseSkipNorm(), pixels(bias=""))
