@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from sdopt import api
-from sdopt.errors import PassError, WeightsError
+from sdopt.errors import BuildError, PassError, WeightsError
 from sdopt.pipeline import Pipeline
 from sdopt.tolerance import Intent, Numerics
 from tests import zoo
@@ -28,6 +28,9 @@ PIPELINES = [
 ]
 EMPTY = "attention_of_nothing"
 """onnxruntime's Attention (1.31) takes no sequence of length 0, what it is lowered to does."""
+
+EXCEPT = {("empty_and_zero_dimensional_tensors", "lower_opset=11")}
+"""Below opset 14 no Reshape has allowzero: a computed size of 0 copies, as the pass's page says."""
 
 LONG = "a_chain_of_ten_thousand"
 """Seconds for each step: it goes through one pipeline that holds most of the passes."""
@@ -50,7 +53,11 @@ def test_no_pass_falls_into_it(name: str, folder: Path) -> None:
     assert all(raw.wanted for raw in raws), "nothing here computes it"
     specs = [f"@fast,lower_group_norm,{LOWERED}"] if name == LONG else [*SPECS, *PIPELINES]
     if name == EMPTY:
-        specs = [f"{spec},lower_attention" for spec in specs]
+        specs = [
+            f"lower_attention,{spec}" if "lower_opset" in spec else f"{spec},lower_attention"
+            for spec in specs
+        ]
+    specs = [spec for spec in specs if (name, spec) not in EXCEPT]
     problems = {spec: _problem(spec, source, target, raws) for spec in specs}
     assert {spec: text for spec, text in problems.items() if text} == {}
 
@@ -64,6 +71,12 @@ def _problem(spec: str, source: Path, target: Path, raws: list[zoo.Raw]) -> str:
     except WeightsError as error:
         refused = spec.startswith("lora=") and "the file adapts 4 weights" in str(error)
         return "" if refused else str(error)
+    except BuildError as error:
+        # What an opset cannot say is refused, never approximated.
+        refused = spec.startswith("lower_opset=") and f"in opset {spec.split('=')[1]}" in str(
+            error
+        )
+        return "" if refused else str(error)
     if not any(one.changed for one in report.components[0].passes):
         return ""
     found = onnx.load(target)
@@ -71,9 +84,24 @@ def _problem(spec: str, source: Path, target: Path, raws: list[zoo.Raw]) -> str:
     kinds = {one.exactness() for one in passes}
     if Numerics.LOSSY in kinds or any(one.intent is not Intent.SAME for one in passes):
         return ""
+    if spec.startswith("fix_shapes="):  # at those sizes it takes other feeds, or is none
+        raws = [raw for raw in raws if _fits(found, raw.feeds)]
     for raw in raws:
         got: list[Any] = raw.run(found)
         for one, wanted in zip(got, raw.wanted, strict=True):
             if text := difference(one, wanted, exact=kinds == {Numerics.EXACT}):
                 return text
     return ""
+
+
+def _fits(model: onnx.ModelProto, feeds: Mapping[str, Any]) -> bool:
+    """Whether the graph takes feeds of these sizes."""
+    sizes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    return all(
+        not fixed or fixed == size
+        for name, feed in feeds.items()
+        for fixed, size in zip(sizes[name], feed.shape, strict=True)
+    )
