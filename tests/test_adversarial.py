@@ -30,7 +30,7 @@ EMPTY = "attention_of_nothing"
 """onnxruntime's Attention (1.31) takes no sequence of length 0, what it is lowered to does."""
 
 EXCEPT = {("empty_and_zero_dimensional_tensors", "lower_opset=11")}
-"""Below opset 14 no Reshape has allowzero: a computed size of 0 copies, as the pass's page says."""
+"""Below opset 14 no Reshape has allowzero: a computed 0 copies, as the pass's page says."""
 
 LONG = "a_chain_of_ten_thousand"
 """Seconds for each step: it goes through one pipeline that holds most of the passes."""
