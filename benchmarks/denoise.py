@@ -33,14 +33,15 @@ from benchmarks.make_checkpoint import write_checkpoint  # noqa: E402
 TOKENS, WIDTH = 77, 768
 TIMESTEP = 501
 
+_FUSED = "clean,cast_fp16,flash_attention=ort,lower_attention"
+
 LADDER: dict[str, str] = {
     "raw": "clean,cast_fp16",
-    "attention": "clean,cast_fp16,lower_attention",
-    "nhwc": "clean,cast_fp16,lower_attention,lower_channels_last",
-    "geglu": "clean,cast_fp16,lower_attention,lower_channels_last,fuse_geglu",
-    "skip": "clean,cast_fp16,lower_attention,lower_channels_last,fuse_geglu,fuse_skip_norm",
-    "shared": "clean,cast_fp16,flash_attention=ort,lower_attention,fuse_shared_linears,"
-    "lower_channels_last,fuse_geglu,fuse_skip_norm",
+    "attention": _FUSED,
+    "nhwc": f"{_FUSED},lower_channels_last",
+    "geglu": f"{_FUSED},fuse_geglu,lower_channels_last",
+    "skip": f"{_FUSED},fuse_geglu,lower_channels_last,fuse_skip_norm",
+    "shared": f"{_FUSED},fuse_shared_linears,fuse_geglu,lower_channels_last,fuse_skip_norm",
 }
 """Variants of the graph, each a pipeline over the exported one."""
 
