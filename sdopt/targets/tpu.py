@@ -74,8 +74,10 @@ class Tpu(Target):
 
     @property
     def wants(self) -> str:
-        """Decomposed operators of an older opset, nothing cast: the compiler picks the types."""
-        return "clean,raise_ops,pad_align=crop,lower_attention,lower_opset=17,lift_scalars"
+        """Decomposed operators of an older opset in fp32: the compiler itself picks the types."""
+        return (
+            "clean,raise_ops,pad_align=crop,cast_fp32,lower_attention,lower_opset=17,lift_scalars"
+        )
 
     def stage_name(self) -> str:
         """``tpu``: chips and types differ in what is compiled of the graph, not in the graph."""
@@ -141,7 +143,7 @@ class Tpu(Target):
                 "tpu takes graphs in single precision",
                 why=f"the weight {half.name} is a {str(half.dtype).lower()}; the compiler itself "
                 "turns fp32 into the type that is asked for",
-                hint="export with --dtype fp32, and optimize without a cast",
+                hint="cast_fp32 widens it: sdopt build --target tpu applies it",
             )
         super().check_legal(model)
 

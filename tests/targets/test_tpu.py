@@ -422,11 +422,23 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, bundle: Path) -> None:
     assert (copied / "bmodel").read_text() == "in the way"
 
 
-def test_half_precision_and_companions_are_refused(bundle: Path) -> None:
-    api.optimize(bundle, "@fast,cast_fp16", components=["unet"], stage="half")
-    with pytest.raises(BuildError, match="single precision") as caught:
-        api.build(bundle, "tpu", components=["unet"], source="half", emit_only=True)
-    assert "--dtype fp32" in str(caught.value.hint)
+def test_half_precision_is_widened_for_the_compiler(bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "copy")
+    api.optimize(copied, "@fast,cast_fp16", components=["vae_decoder"], stage="half")
+    (one,) = api.build(
+        copied, "tpu", components=["vae_decoder"], source="half", shapes="64x64", emit_only=True
+    ).components
+    given = {"latent_sample": np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)}
+    found = Ort().open(Path(one.file), optimize=False).run(given)["sample"]
+    assert found.dtype == np.float32
+    wanted = Ort().open(copied / "vae_decoder" / "optimized.onnx").run(given)["sample"]
+    assert relative_l2(found, wanted) < 5e-3
+    half = modelfile.load(copied / "vae_decoder" / "half.onnx")
+    with pytest.raises(BuildError, match="single precision"):
+        Tpu().check_legal(half)
+
+
+def test_companions_are_refused(bundle: Path) -> None:
     api.optimize(bundle, "@fast,hoist", components=["unet"], stage="hoisted")
     with pytest.raises(BuildError, match="companion graphs"):
         api.build(bundle, "tpu", components=["unet"], source="hoisted", emit_only=True)
