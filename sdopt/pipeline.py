@@ -153,7 +153,7 @@ def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
         new_bytes=sum(size for key, size in new.items() if key not in known),
         changed=changed,
         present=_sum(c.present for c in contexts.values()),
-        reads=one.reads(),
+        reads=(*one.reads(), *([f"seed {run.seed}"] if one.draws() else [])),
     )
 
 

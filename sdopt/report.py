@@ -91,7 +91,7 @@ class PassReport:
     places are found, done or left, or words that only tally (``no-op removed``). ``present`` maps
     the kind of what had the wanted form already. ``ops_before`` and ``ops_after`` count operators;
     ``new_bytes`` are bytes of computed weights still to be written; ``seconds`` is wall time;
-    ``reads`` are digests of the files that the options name.
+    ``reads`` are digests of the files that the options name, and the run's seed if it decides too.
     """
 
     spec: str

@@ -173,6 +173,10 @@ class Pass(abc.ABC):
         """Digests of the files that the options name: they decide the result as options do."""
         return ()
 
+    def draws(self) -> bool:
+        """Whether the run's seed decides the result as well."""
+        return False
+
     @abc.abstractmethod
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Rewrite ``model`` in place; say what was done and left through ``ctx``."""

@@ -78,6 +78,10 @@ class Tome(Pass):
         if self.spelling == "standard" and self.generation != "cann8":
             raise ValueError("generation is an option of spelling=ascend")
 
+    def draws(self) -> bool:
+        """Unless it has a seed of its own."""
+        return self.seed is None
+
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Merge around the chosen self-attentions; the rest is reported with its reason."""
         sites, refused = find(model)

@@ -16,8 +16,10 @@ from sdopt.passes._self_attention import find
 from sdopt.passes.cast_fp16 import CastFp16
 from sdopt.passes.fuse_qkv import FuseQkv
 from sdopt.passes.tome import Tome
+from sdopt.pipeline import Pipeline, RunContext
 from tests.passes import tome_blocks as blocks
 from tests.passes import tome_reference as ref
+from tests.passes.denoiser import denoiser
 
 TIGHT = 5e-6
 
@@ -267,3 +269,12 @@ def test_a_token_of_zeros_gives_no_nan():
     model = blocks.model(map_bias=False)
     Tome(1).apply(model, ref.context(model))
     assert np.isfinite(ref.session(model).run(None, feed)[0]).all()
+
+
+@pytest.mark.parametrize(("spec", "reads"), [("tome=1", ("seed 3",)), ("tome=1:seed=2", ())])
+def test_the_runs_seed_is_in_the_history_where_it_decides(
+    spec: str, reads: tuple[str, ...]
+) -> None:
+    """So that ``compare`` takes two stages of different seeds for two."""
+    (report,) = Pipeline.parse(spec).run(denoiser(), RunContext(seed=3))
+    assert report.reads == reads
