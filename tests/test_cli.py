@@ -60,6 +60,7 @@ def check_golden(name: str, words: tuple[str, ...], ran: tuple[int, str, str]) -
 
 COMMANDS = [
     "export",
+    "adopt",
     "optimize",
     "build",
     "run",
