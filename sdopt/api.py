@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt import companions, registry
+from sdopt.adopting import adopt
 from sdopt.bundle import OPTIMIZED, RAW, Bundle
 from sdopt.errors import UsageError
 from sdopt.exporting import export as _export
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sdopt.runtime.generate import Generated
 
 __all__ = [
+    "adopt",
     "build",
     "compare",
     "export",

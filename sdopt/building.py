@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdopt import artifacts, datafile, modelfile, provenance
-from sdopt.bundle import Bundle
+from sdopt.bundle import OPTIMIZED, Bundle, Stage
 from sdopt.errors import BuildError, SdoptError
 from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline
 from sdopt.report import ComponentReport, Progress, Report, part
-from sdopt.shapes import PIXELS_PER_LATENT, Request, Size, parse_sizes
+from sdopt.shapes import PIXELS_PER_LATENT, Extent, Request, Size, parse_sizes
 from sdopt.staging import Job
 from sdopt.targets.base import Order, Target
 
@@ -58,10 +58,9 @@ def build(
         BuildError: the graph is illegal for the target, or its compiler failed.
         UsageError: sizes that cannot be.
     """
-    side = PIXELS_PER_LATENT * int(_sample_size(bundle) or 64)
-    native = Size(side, side)
-    sizes = parse_sizes(plan.shapes or str(native), native)
-    request = Request(sizes, plan.batch, plan.dims)
+    request = _request(bundle, plan)
+    if target.compiled:
+        _refuse_unsaid(bundle, request, components, source)
     target = target.sized(request)
     if not (plan.emit_only or plan.check_only):
         target.check_available()
@@ -100,23 +99,57 @@ def build(
     return report
 
 
-def _order(
-    bundle: Bundle, one: ComponentReport, target: Target, request: Request, progress: Progress
-) -> Order:
-    stage = bundle.stage(one.component, target.stage_name())
-    role = Role(stage.record.role)
-    graph = stage.load().graph
+def _request(bundle: Bundle, plan: Plan) -> Request:
+    """The sizes that were asked for; of adopted graphs any number of pixels, and no usual one."""
+    roles = {entry.role for entry in bundle.manifest.components.values()}
+    if roles == {Role.MODEL.value} and plan.shapes:
+        return Request(parse_sizes(plan.shapes, multiple=1), plan.batch, plan.dims)
+    side = PIXELS_PER_LATENT * int(_sample_size(bundle) or 64)
+    native = Size(side, side)
+    sizes = parse_sizes(plan.shapes or str(native), native)
+    return Request(sizes, plan.batch, plan.dims, asked=bool(plan.shapes))
+
+
+def _refuse_unsaid(
+    bundle: Bundle, request: Request, components: Sequence[str] | None, source: str | None
+) -> None:
+    """Refuse, before a size is built into anything, adopted graphs whose axes nobody gave one."""
+    for name in components or bundle.components:
+        if bundle.entry(name).role == Role.MODEL.value:
+            stage = bundle.stage(name, source) if source else bundle.current(name, OPTIMIZED)
+            _profiles(stage, request)
+
+
+def _profiles(stage: Stage, request: Request) -> list[dict[str, list[Extent]]]:
+    """The extents of every axis of a stage's inputs, each profile once."""
     inputs = {
         value.name or "": [
             dim if isinstance(dim, int) else str(dim.value) for dim in (value.shape or ())
         ]
-        for value in graph.inputs
+        for value in stage.load().graph.inputs
     }
-    doubled = role is Role.DENOISER
-    profiles = request.profiles(inputs, doubled=doubled, where=one.component)
-    unique = [p for i, p in enumerate(profiles) if p not in profiles[:i]]
-    family, sizes = stage.record.family, request.sizes
-    return Order(one.component, role, stage.path, unique, sizes, request.batch, progress, family)
+    role, where = Role(stage.record.role), stage.component
+    doubled, pixels = role is Role.DENOISER, role is Role.MODEL
+    found = request.profiles(inputs, doubled=doubled, pixels=pixels, where=where)
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def _order(
+    bundle: Bundle, one: ComponentReport, target: Target, request: Request, progress: Progress
+) -> Order:
+    stage = bundle.stage(one.component, target.stage_name())
+    profiles = _profiles(stage, request) if target.compiled else []
+    role, family = Role(stage.record.role), stage.record.family
+    return Order(
+        one.component,
+        role,
+        stage.path,
+        profiles,
+        request.sizes,
+        request.batch,
+        progress,
+        family,
+    )
 
 
 def _sample_size(bundle: Bundle) -> int | None:

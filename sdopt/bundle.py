@@ -19,6 +19,8 @@ from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest, StageRecord
 from sdopt.spec import suggest
 
 MANIFEST = "manifest.json"
+LOCK = ".sdopt.lock"
+"""The file that a writer holds; it is there before the manifest is."""
 RAW = "model"
 """The stage that export writes; its file is ``model.onnx``, where every tool looks for it."""
 OPTIMIZED = "optimized"
@@ -86,7 +88,7 @@ class Bundle:
         Raises:
             BundleError: another sdopt is writing to it.
         """
-        handle = os.open(self.path / ".sdopt.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        handle = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt import datafile, modelfile, provenance
-from sdopt.bundle import MANIFEST, RAW, Bundle
+from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle
 from sdopt.errors import BundleError, SourceError, UsageError, storage_error
 from sdopt.exporters.components import COMPONENTS
 from sdopt.manifest import ComponentEntry, StageRecord
@@ -106,7 +106,7 @@ def _root(folder: Path, output: str | Path | None, in_place: bool) -> Path:
 
 
 def _is_bundle(root: Path) -> bool:
-    return (root / MANIFEST).is_file() or (root / ".sdopt.lock").is_file()
+    return (root / MANIFEST).is_file() or (root / LOCK).is_file()
 
 
 def _bundle(

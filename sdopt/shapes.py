@@ -2,6 +2,7 @@
 
 Sizes are HEIGHTxWIDTH in pixels everywhere. A graph says its axes by name (``height``,
 ``latent_width``, ``batch_size``); this module is the only place that knows what the names mean.
+In a diffusion model ``height`` counts latents; in a graph about which nothing is known, pixels.
 """
 
 from __future__ import annotations
@@ -68,14 +69,22 @@ class Request:
         sizes: one profile each.
         batch: images at once, from least to greatest.
         dims: least and greatest size of axes that an image's size does not decide, by name.
+        asked: whether someone asked for these sizes; those that nobody asked for are a diffusion
+            model's own, and decide nothing of a graph that is none.
     """
 
     sizes: tuple[Sizes, ...] = (Sizes(Size(512, 512), Size(512, 512), Size(512, 512)),)
     batch: tuple[int, int] = (1, 1)
     dims: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    asked: bool = True
 
     def profiles(
-        self, inputs: Mapping[str, Sequence[int | str]], *, doubled: bool, where: str = ""
+        self,
+        inputs: Mapping[str, Sequence[int | str]],
+        *,
+        doubled: bool,
+        pixels: bool = False,
+        where: str = "",
     ) -> list[dict[str, list[Extent]]]:
         """The extents of every axis of every input, one mapping per profile.
 
@@ -83,6 +92,7 @@ class Request:
             inputs: by name, per axis a number or the name of a dynamic axis.
             doubled: whether the graph computes both halves of classifier-free guidance: its batch
                 then goes up to twice the images, and is usually that.
+            pixels: whether ``height`` and ``width`` count pixels, not latents.
             where: the component, for errors.
 
         Raises:
@@ -90,13 +100,17 @@ class Request:
         """
         return [
             {
-                name: [self._extent(axis, sizes, doubled, f"{where}: {name}") for axis in axes]
+                name: [
+                    self._extent(axis, sizes, doubled, pixels, f"{where}: {name}") for axis in axes
+                ]
                 for name, axes in inputs.items()
             }
             for sizes in self.sizes
         ]
 
-    def _extent(self, axis: int | str, sizes: Sizes, doubled: bool, where: str) -> Extent:
+    def _extent(
+        self, axis: int | str, sizes: Sizes, doubled: bool, pixels: bool, where: str
+    ) -> Extent:
         if isinstance(axis, int):
             return Extent(axis, axis, axis)
         if axis in self.dims:
@@ -114,38 +128,52 @@ class Request:
                 where=where,
                 hint=f"say it: --dim {axis}=1..16",
             )
-        divisor = 1 if side[1] == "sample_" else PIXELS_PER_LATENT
+        if pixels and not self.asked:
+            raise UsageError(
+                f"nothing says how large the axis {axis!r} is",
+                where=where,
+                hint="say it in pixels: --shapes 640x640, or --shapes 320x320..1280x1280",
+            )
+        divisor = _divisor(side[1], pixels)
         return Extent(
             *(getattr(size, side[2]) // divisor for size in (sizes.low, sizes.usual, sizes.high))
         )
 
 
-def axis_numbers(size: Size, batch: int, dims: Mapping[str, int]) -> dict[str, int]:
+def _divisor(prefix: str | None, pixels: bool) -> int:
+    """How many pixels one step is along an axis of that prefix (``latent_``)."""
+    in_pixels = prefix == "sample_" or (pixels and not prefix)
+    return 1 if in_pixels else PIXELS_PER_LATENT
+
+
+def axis_numbers(
+    size: Size, batch: int, dims: Mapping[str, int], *, pixels: bool = False
+) -> dict[str, int]:
     """The number that each dynamic axis has for images of one size, and its batch, by name.
 
-    The names are those that ``Request`` reads; ``dims`` adds to them.
+    The names are those that ``Request`` reads, ``pixels`` is what it is there; ``dims`` adds to
+    them.
     """
     found = {"batch": batch, "batch_size": batch, "sequence_length": TOKENS}
-    for prefix, divisor in (
-        ("", PIXELS_PER_LATENT),
-        ("latent_", PIXELS_PER_LATENT),
-        ("sample_", 1),
-    ):
+    for prefix in ("", "latent_", "sample_"):
+        divisor = _divisor(prefix, pixels)
         found[f"{prefix}height"] = size.height // divisor
         found[f"{prefix}width"] = size.width // divisor
     return found | dict(dims)
 
 
-def parse_sizes(text: str, usual: Size | None = None) -> tuple[Sizes, ...]:
+def parse_sizes(
+    text: str, usual: Size | None = None, multiple: int = PIXELS_PER_LATENT
+) -> tuple[Sizes, ...]:
     """``512x512,768x768`` or ``256x256..1024x1024`` as profiles.
 
     A range is best at ``usual`` where that lies in it, else at its high end.
 
     Raises:
-        UsageError: text that is no size, a side that is no multiple of 8, low above high, or one
-            profile twice.
+        UsageError: text that is no size, a side that is no multiple of ``multiple`` pixels, low
+            above high, or one profile twice.
     """
-    found = [_sizes(part.strip(), usual) for part in text.split(",")]
+    found = [_sizes(part.strip(), usual, multiple) for part in text.split(",")]
     repeated = {str(one) for one in found if found.count(one) > 1}
     if repeated:
         raise UsageError(
@@ -185,10 +213,10 @@ def parse_dim(text: str) -> tuple[str, tuple[int, int]]:
     return name.strip(), parse_batch(numbers, f"--dim {name.strip()}=")
 
 
-def _sizes(text: str, usual: Size | None) -> Sizes:
+def _sizes(text: str, usual: Size | None, multiple: int) -> Sizes:
     low_text, dots, high_text = text.partition("..")
-    low = _size(low_text, text)
-    high = _size(high_text, text) if dots else low
+    low = _size(low_text, text, multiple)
+    high = _size(high_text, text, multiple) if dots else low
     if low.height > high.height or low.width > high.width:
         raise UsageError(
             f"the size {low} is above {high}", where=text, hint="write a range as LOW..HIGH"
@@ -199,7 +227,7 @@ def _sizes(text: str, usual: Size | None) -> Sizes:
     return Sizes(low, usual if inside and usual is not None else high, high)
 
 
-def _size(text: str, whole: str) -> Size:
+def _size(text: str, whole: str, multiple: int) -> Size:
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
     if match is None:
         raise UsageError(
@@ -208,12 +236,12 @@ def _size(text: str, whole: str) -> Size:
             hint="HEIGHTxWIDTH in pixels: --shapes 512x512,768x768 or 256x256..1024x1024",
         )
     size = Size(int(match[1]), int(match[2]))
-    if any(side < PIXELS_PER_LATENT or side % PIXELS_PER_LATENT for side in size):
-        near = "x".join(str(max(1, round(side / 8)) * 8) for side in size)
+    if any(side < multiple or side % multiple for side in size):
+        near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
         raise UsageError(
             f"{size} is no size of an image here",
             where=whole,
-            why="sides are multiples of 8 pixels",
+            why=f"sides are multiples of {multiple} pixels",
             hint=f"the nearest is {near}",
         )
     return size

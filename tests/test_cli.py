@@ -60,6 +60,7 @@ def check_golden(name: str, words: tuple[str, ...], ran: tuple[int, str, str]) -
 
 COMMANDS = [
     "export",
+    "adopt",
     "optimize",
     "build",
     "run",
@@ -102,6 +103,8 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("unknown_target", ("build", "b", "--target", "tensort")),
         ("no_cuda", ("build", "b", "--target", "ort", "--provider", "cuda")),
         ("no_source", ("export", "nowhere", "-o", "out")),
+        ("no_file", ("adopt", "nowhere.onnx", "-o", "out")),
+        ("no_hooks", ("compare", "b", "b", "--hooks", "nowhere.py")),
         ("no_prompt", ("run", "b")),
     ],
 )

@@ -573,3 +573,12 @@ def test_a_checkpoint_without_the_component(checkpoint: Path, bundle: Bundle) ->
         compare(checkpoint, checkpoint, components=["vae_decoder"])
     with pytest.raises(UsageError, match="PyTorch's unet cannot take"):
         compare(bundle.path, checkpoint, components=["unet"])
+
+
+def test_dynamic_sides_of_an_image_are_pixels_by_any_name() -> None:
+    ports = {"images": Port(FLOAT, ("n", 3, "height", "columns")), "x": Port(FLOAT, ("width",))}
+    made = making.make(ports, 0, {}, {})
+    assert made["images"].shape == (2, 3, 128, 192)
+    assert made["x"].shape == (24,)
+    made = making.make(ports, 0, {"height": 64}, {})
+    assert made["images"].shape == (2, 3, 64, 192)

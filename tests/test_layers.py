@@ -29,7 +29,7 @@ LAYERS = (
     ("passes",),
     ("pipeline", "exporters", "targets", "runtime"),
     ("provenance",),
-    ("compare", "bench", "exporting", "inspection", "packing", "pages", "staging"),
+    ("adopting", "compare", "bench", "exporting", "inspection", "packing", "pages", "staging"),
     ("building",),
     ("api",),
     ("cli", "ui", "sweep"),

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdopt.errors import UsageError
-from sdopt.shapes import Extent, Request, Size, Sizes, parse_batch, parse_dim, parse_sizes
+from sdopt.shapes import (
+    Extent,
+    Request,
+    Size,
+    Sizes,
+    axis_numbers,
+    parse_batch,
+    parse_dim,
+    parse_sizes,
+)
 
 UNET: dict[str, list[int | str]] = {
     "sample": ["batch_size", 4, "height", "width"],
@@ -108,3 +117,33 @@ def test_extents_are_ordered(low: int, more: int, batch: int) -> None:
     for profile in request.profiles(UNET, doubled=True):
         for extents in profile.values():
             assert all(0 < one.low <= one.usual <= one.high for one in extents)
+
+
+IMAGES: dict[str, list[int | str]] = {"images": ["batch", 3, "height", "width"]}
+
+
+def test_in_a_graph_of_anyone_height_and_width_are_pixels() -> None:
+    request = Request(parse_sizes("322x480..642x640", multiple=1), (1, 4))
+    (profile,) = request.profiles(IMAGES, doubled=False, pixels=True)
+    assert profile["images"] == [
+        Extent(1, 1, 4),
+        Extent(3, 3, 3),
+        Extent(322, 642, 642),
+        Extent(480, 640, 640),
+    ]
+    (latents,) = request.profiles({"x": ["latent_height"]}, doubled=False, pixels=True)
+    assert latents["x"] == [Extent(40, 80, 80)]
+    numbers = axis_numbers(Size(640, 480), 2, {"boxes": 8}, pixels=True)
+    assert (numbers["height"], numbers["width"], numbers["latent_width"]) == (640, 480, 60)
+    assert axis_numbers(Size(640, 480), 2, {})["height"] == 80
+
+
+def test_a_size_that_nobody_asked_for_decides_nothing_of_a_graph_of_anyone() -> None:
+    with pytest.raises(UsageError, match="how large the axis 'height' is") as raised:
+        Request(asked=False).profiles(IMAGES, doubled=False, pixels=True, where="model")
+    assert "--shapes 640x640" in (raised.value.hint or "")
+    request = Request(dims={"height": (320, 640), "width": (64, 64)}, asked=False)
+    (profile,) = request.profiles(IMAGES, doubled=False, pixels=True)
+    assert profile["images"][2:] == [Extent(320, 640, 640), Extent(64, 64, 64)]
+    (native,) = Request(asked=False).profiles(UNET, doubled=True)
+    assert native["sample"][2] == Extent(64, 64, 64)

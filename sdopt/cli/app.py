@@ -37,6 +37,7 @@ def _options(
 
 
 app.command("export")(transform.export)
+app.command("adopt")(transform.adopt)
 app.command("optimize")(transform.optimize)
 app.command("build")(building.build)
 app.command("run")(generate.run)

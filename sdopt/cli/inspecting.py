@@ -10,6 +10,7 @@ import typer
 
 from sdopt.cli import render
 from sdopt.cli.options import Components, Json, ModelArgument
+from sdopt.errors import UsageError
 
 
 def inspect(
@@ -64,13 +65,28 @@ def compare(
     b: Annotated[str, typer.Argument(help="What to compare it with.")],
     component: Components = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    dim: Annotated[
+        list[str] | None, typer.Option(help="NAME=SIZE of a dynamic axis; repeatable.")
+    ] = None,
+    hooks: Annotated[
+        str | None,
+        typer.Option(help="Python with preprocess(inputs) or postprocess(outputs): dict to dict."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the same seeded inputs through both and judge the distance; exit code 1 if too far."""
     from sdopt import api
+    from sdopt.shapes import parse_dim
 
+    sizes = {}
+    for name, (low, high) in map(parse_dim, dim or []):
+        if low != high:
+            raise UsageError("compare takes one size of an axis", hint=f"--dim {name}={high}")
+        sizes[name] = high
     with render.progress("compare") as tell:
-        found = api.compare(a, b, components=component, seed=seed, progress=tell)
+        found = api.compare(
+            a, b, components=component, seed=seed, sizes=sizes, hooks=hooks, progress=tell
+        )
     if as_json:
         render.dump(found.to_json())
     else:

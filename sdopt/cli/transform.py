@@ -1,4 +1,4 @@
-"""``export``, ``optimize`` and ``pack``: the verbs that write bundles."""
+"""``export``, ``adopt``, ``optimize`` and ``pack``: the verbs that write bundles."""
 
 from __future__ import annotations
 
@@ -49,6 +49,26 @@ def export(
             opset=opset,
             progress=tell,
         )
+    render.report(report, as_json)
+
+
+def adopt(
+    file: Annotated[Path, typer.Argument(help="FILE.onnx, of opset 9 to 25.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The bundle; a folder of the file's name by default."),
+    ] = None,
+    component: Annotated[
+        str, typer.Option("--component", "-c", help="What to call it in the bundle.")
+    ] = "model",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take in an ONNX file of anyone's as a bundle; no weight passes through memory."""
+    from sdopt import api
+
+    with render.progress("adopt") as tell:
+        report = api.adopt(file, output, component=component, force=force, progress=tell)
     render.report(report, as_json)
 
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from sdopt.compare import inputs
-from sdopt.compare.figures import Figures, figures
+from sdopt.compare.figures import Figures, figures, figures_of_any
+from sdopt.compare.hooks import Hooks, load
 from sdopt.compare.sides import Opened, Side, side
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.manifest import Step
@@ -80,6 +83,7 @@ def compare(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
     target: str = "ort",
+    hooks: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run the same seeded inputs through two things and judge how far they are apart.
@@ -93,12 +97,15 @@ def compare(
         seed: of the inputs.
         sizes: of dynamic dimensions by name (``{"height": 32}``).
         target: what runs the graphs, with its own optimisations off.
+        hooks: a Python file or module with ``preprocess``, which makes what both sides are fed of
+            the seeded inputs, or ``postprocess``, whose results are judged like outputs.
         progress: is told the component.
 
     Raises:
         UsageError: a pair that cannot be compared (other inputs, other outputs, no graph).
         UnknownNameError: a component or stage that is not there.
     """
+    around = load(hooks) if hooks is not None else Hooks("")
     left, right = side(a, target), side(b, target)
     pairs, skipped = _pairs(left, right, components or None)
     found = []
@@ -106,7 +113,7 @@ def compare(
         name = name_b if left.anonymous else name_a
         part(progress, index, len(pairs))(name, 0.0)
         opened = left.components[name_a](name_a), right.components[name_b](name_b)
-        found.append(_compare(name, *opened, seed, sizes or {}))
+        found.append(_compare(name, *opened, seed, sizes or {}, around))
     return Comparison(str(a), str(b), seed, tuple(found), skipped)
 
 
@@ -155,7 +162,7 @@ def _known(one: Side, asked: Sequence[str]) -> Sequence[str]:
 
 
 def _compare(
-    name: str, a: Opened, b: Opened, seed: int, sizes: Mapping[str, int]
+    name: str, a: Opened, b: Opened, seed: int, sizes: Mapping[str, int], hooks: Hooks
 ) -> ComponentComparison:
     ports_a, ports_b = a.ports or b.ports, b.ports or a.ports
     if ports_a is None or ports_b is None:
@@ -174,7 +181,7 @@ def _compare(
         key: min(one.vocabularies[key] for one in (a, b) if key in one.vocabularies)
         for key in {*a.vocabularies, *b.vocabularies}
     }
-    feeds = inputs.make(ports, seed, {**limits, **sizes}, vocabularies)
+    feeds = hooks.before(inputs.make(ports, seed, {**limits, **sizes}, vocabularies))
     found_a, found_b = a.run(feeds), b.run(feeds)
     if found_a.keys() != found_b.keys():
         raise UsageError(
@@ -190,6 +197,7 @@ def _compare(
                 why=f"{list(value.shape)} against {list(found_b[key].shape)}",
             )
     outputs = tuple(figures(key, value, found_b[key]) for key, value in found_a.items())
+    outputs += _final(hooks, found_a, found_b)
     steps = _between(a, b)
     dtypes = a.dtypes | b.dtypes
     tolerance = _tolerance(a, b, steps, dtypes)
@@ -204,6 +212,23 @@ def _compare(
         dtypes=tuple(sorted(dtypes)),
         shapes={key: feed.shape for key, feed in feeds.items()},
         outputs=outputs,
+    )
+
+
+def _final(
+    hooks: Hooks, a: dict[str, np.ndarray], b: dict[str, np.ndarray]
+) -> tuple[Figures, ...]:
+    """What becomes of the outputs in the end, as ``postprocess/NAME``."""
+    left, right = hooks.after(a), hooks.after(b)
+    if left.keys() != right.keys():
+        raise UsageError(
+            "postprocess gave other names for each side",
+            where=hooks.where,
+            why=f"{', '.join(left)} against {', '.join(right)}",
+            hint="return empty arrays for what was not found",
+        )
+    return tuple(
+        figures_of_any(f"postprocess/{key}", value, right[key]) for key, value in left.items()
     )
 
 
@@ -239,6 +264,8 @@ def _verdict(outputs: Sequence[Figures], tolerance: Tolerance) -> Verdict:
 
 
 def _line(one: Figures) -> str:
+    if one.shape_a is not None:
+        return f"{one.name}: a is {list(one.shape_a)}, b {list(one.shape)}"
     if not one.finite:
         return (
             f"{one.name}: a holds {one.nan_a} NaN and {one.inf_a} infinities, "

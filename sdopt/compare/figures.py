@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,14 @@ class Figures:
 
     Attributes:
         name: of the output.
-        shape: of both.
+        shape: of both, or of the reference where ``shape_a`` is there.
         max_abs: the largest ``|a - b|``.
         relative_l2: ``||a - b|| / ||b||``; infinite where only the reference is all zeros.
         cosine: of the angle between them; 1 for two arrays of zeros.
         psnr_db: ``20 log10(range of b / root mean square of a - b)``; infinite if they are equal.
         nan_a, nan_b, inf_a, inf_b: how many elements are no finite number; with one the other
             figures are NaN.
+        shape_a: of ``a`` where that is another one: the arrays are then infinitely far apart.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Figures:
     nan_b: int = 0
     inf_a: int = 0
     inf_b: int = 0
+    shape_a: tuple[int, ...] | None = None
 
     @property
     def finite(self) -> bool:
@@ -46,7 +49,7 @@ class Figures:
 def figures(name: str, a: np.ndarray, b: np.ndarray) -> Figures:
     """Measure ``a`` against ``b``, two arrays of one shape, in float64."""
     left, right = a.astype(np.float64).reshape(-1), b.astype(np.float64).reshape(-1)
-    counts = {
+    counts: dict[str, Any] = {
         "nan_a": int(np.isnan(left).sum()),
         "nan_b": int(np.isnan(right).sum()),
         "inf_a": int(np.isinf(left).sum()),
@@ -67,6 +70,14 @@ def figures(name: str, a: np.ndarray, b: np.ndarray) -> Figures:
         psnr_db=_psnr(right, size_gap),
         **counts,
     )
+
+
+def figures_of_any(name: str, a: np.ndarray, b: np.ndarray) -> Figures:
+    """``figures``, of two arrays that may differ in shape, as lists of boxes do."""
+    if a.shape == b.shape:
+        return figures(name, a, b)
+    endless = float("inf")
+    return Figures(name, b.shape, endless, endless, 0.0, -endless, shape_a=a.shape)
 
 
 def _ratio(gap: float, reference: float) -> float:

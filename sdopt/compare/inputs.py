@@ -95,7 +95,7 @@ def make(
             f"no input has a dimension {', '.join(sorted(unknown))}",
             hint=f"dynamic dimensions: {', '.join(sorted(names)) or 'none'}",
         )
-    chosen = {**SIZES, **sizes}
+    chosen = {**SIZES, **_of_images(ports), **sizes}
     for port in ports.values():
         defaults = _BY_RANK.get(len(port.dims), ())
         for axis, dim in enumerate(port.dims):
@@ -111,6 +111,20 @@ def make(
         )
         for name, port in ports.items()
     }
+
+
+def _of_images(ports: Mapping[str, Port]) -> dict[str, int]:
+    """Sizes of the dynamic sides of images (three channels), which count pixels by any name.
+
+    They are multiples of 64, since detectors halve an image five or six times.
+    """
+    found: dict[str, int] = {}
+    for port in ports.values():
+        if len(port.dims) == 4 and port.dims[1] == 3:
+            sides = ("sample_height", "sample_width")
+            pairs = zip(port.dims[2:], sides, strict=True)
+            found |= {dim: SIZES[side] for dim, side in pairs if isinstance(dim, str)}
+    return found
 
 
 def _array(

@@ -1,7 +1,8 @@
-"""Bringing a model of opset 11 to 22 to opset 23, operator by operator, without its weights."""
+"""Bringing a model of opset 9 to 22 to opset 23, operator by operator, without its weights."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import onnx
@@ -9,11 +10,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from sdopt import graph
+from sdopt.passes import _raise_oldest as oldest
 from sdopt.passes._raise_shapes import Shapes
 from sdopt.passes.base import PassContext
 
 OPSET = 23
-OLDEST = 11
+OLDEST = 9
 IR_VERSION = 10
 
 _FLATTENING = frozenset({"Softmax", "LogSoftmax", "Hardmax"})
@@ -77,6 +79,8 @@ class _Upgrade:
             return f"{name} is no operator of opset {opset}"
         if old.since_version == new.since_version:
             return f"{name} is deprecated" if new.deprecated else None
+        if opset < oldest.FIRST and (reason := oldest.refusal(node)):
+            return reason
         if name == "BatchNormalization":
             extra = graph.attribute(node, "training_mode", 0) or len(node.outputs) > 1
             return "a BatchNormalization is in training mode" if extra else None
@@ -92,6 +96,7 @@ class _Upgrade:
         if name == "GroupNormalization" and not self._channels(node):
             return "the channels of a GroupNormalization are not known"
         known = name in self.rules or name in SAME_MEANING
+        known = known or (opset < oldest.FIRST and name in oldest.KNOWN)
         return None if known else f"{name} is not known to mean the same in opset {OPSET}"
 
     def _axes_before(self, version: int) -> Callable[[ir.Node], None]:
@@ -99,7 +104,7 @@ class _Upgrade:
             axes = graph.attribute(node, "axes")
             if self.opset < version and axes is not None:
                 del node.attributes["axes"]
-                self._add_input(node, 1, self._emit(node).const(list(axes)))
+                self._add_input(node, 1, self.emit(node).const(list(axes)))
 
         return rule
 
@@ -107,7 +112,7 @@ class _Upgrade:
         sizes = graph.attribute(node, "split")
         if sizes is not None:
             del node.attributes["split"]
-            self._add_input(node, 1, self._emit(node).const(list(sizes)))
+            self._add_input(node, 1, self.emit(node).const(list(sizes)))
         elif (len(node.inputs) < 2 or node.inputs[1] is None) and self.opset < 18:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 
@@ -120,7 +125,7 @@ class _Upgrade:
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         if source is None or axis == -1 or (dims is not None and axis == len(dims) - 1):
             return
-        emit = self._emit(node)
+        emit = self.emit(node)
         flat = emit("Flatten", source, axis=axis)
         soft = emit(node.op_type, flat, axis=-1)
         back = emit("Reshape", soft, emit("Shape", source))
@@ -162,7 +167,7 @@ class _Upgrade:
             return
         channels, groups = self._channels(node), int(graph.attribute(node, "num_groups"))
         assert channels is not None
-        emit, each = self._emit(node), channels // groups
+        emit, each = self.emit(node), channels // groups
         for index, name in ((1, "scale"), (2, "bias")):
             array = graph.constant(node.inputs[index])
             if array is not None:
@@ -173,7 +178,8 @@ class _Upgrade:
             wide = emit("Expand", column, emit.const([groups, each]))
             node.replace_input_with(index, emit("Reshape", wide, emit.const([channels])))
 
-    def _emit(self, node: ir.Node) -> graph.Emitter:
+    def emit(self, node: ir.Node) -> graph.Emitter:
+        """Inserts nodes before ``node``."""
         return self.ctx.emitter(node, f"{graph.module_path(node)}/raise_ops")
 
     def _add_input(self, node: ir.Node, index: int, value: ir.Value) -> None:
@@ -224,6 +230,8 @@ def upgrade(model: ir.Model, ctx: PassContext) -> bool:
     rules = _Upgrade(model, ctx)
     nodes = [node for node in graph.nodes(model) if node.domain in ("", "ai.onnx")]
     for node in nodes:
+        if opset < oldest.FIRST:
+            oldest.rewrite(node, functools.partial(rules.emit, node), rules.shapes)
         if (rule := rules.rules.get(node.op_type)) is not None:
             rule(node)
     model.opset_imports[""] = OPSET

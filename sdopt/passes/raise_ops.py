@@ -34,7 +34,7 @@ class RaiseOps(Pass):
     """Write what other exporters spell out in the one form that opset 23 has for it.
 
     Before / After:
-        opset 11 to 22, local functions                       ->  opset 23, inlined
+        opset 9 to 22, local functions                        ->  opset 23, inlined
         MatMul(q, k^T), scale, mask, Softmax, MatMul(., v)    ->  Attention(q, k, v, mask)
         Reshape, InstanceNormalization, Reshape, Mul, Add     ->  GroupNormalization
         ReduceMean, Sub, Pow, ReduceMean, Add, Sqrt, Div      ->  LayerNormalization

@@ -160,10 +160,11 @@ class Atc(Target):
         """The numbers of the dynamic axes of a component at each gear."""
         low, high = parse_batch(self.batch or "1")
         doubled = role is Role.DENOISER and not self.parallel
+        pixels = role is Role.MODEL
         extra = {name: int(size) for name, _, size in (one.partition("@") for one in self.dims)}
         return [
-            axis_numbers(sizes.high, count * (2 if doubled else 1), extra)
-            for sizes in parse_sizes(",".join(self.at or ("512x512",)))
+            axis_numbers(sizes.high, count * (2 if doubled else 1), extra, pixels=pixels)
+            for sizes in parse_sizes(",".join(self.at or ("512x512",)), multiple=1)
             for count in range(low, high + 1)
         ]
 
