@@ -151,6 +151,6 @@ def _size(config: Mapping[str, Any], key: str) -> int:
         raise SourceError(
             f"the configuration's {key} is {value!r}, a positive whole number is needed",
             where="config.json",
-            hint="only Stable Diffusion 1.x models can be exported so far",
+            hint="only Stable Diffusion 1.x and 2.x models can be exported so far",
         )
     return value

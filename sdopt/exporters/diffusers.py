@@ -33,9 +33,9 @@ PIPELINES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInpaintPipelineLegacy",
 )
-"""Pipeline classes of the SD 1.x family."""
+"""Pipeline classes of the families SD 1.x and 2.x."""
 
-_SUPPORTED = "Stable Diffusion 1.x folders are supported so far; other families come later"
+_SUPPORTED = "Stable Diffusion 1.x and 2.x folders are supported so far"
 _PLAIN_UNET = {
     "addition_embed_type": None,
     "attention_type": "default",
@@ -74,7 +74,7 @@ class DiffusersSource:
     """A folder that diffusers' ``save_pretrained`` wrote, whole, partial, or of one component.
 
     Raises:
-        SourceError: it is no such folder, or not of the SD 1.x family.
+        SourceError: it is no such folder, or not of a supported family.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -103,8 +103,11 @@ class DiffusersSource:
 
     @property
     def family(self) -> str:
-        """The model family."""
-        return "sd1"
+        """The model family: ``sd1`` or ``sd2``, which has a text encoder of OpenCLIP's."""
+        _, encoder = self._configs.get("text_encoder", (None, {}))
+        _, unet = self._configs.get("unet", (None, {}))
+        second = encoder.get("hidden_act") == "gelu" or unet.get("use_linear_projection")
+        return "sd2" if second else "sd1"
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -250,7 +253,7 @@ class DiffusersSource:
             reasons.append("cross_attention_dim is no single number")
         if reasons:
             raise SourceError(
-                "this UNet is not one of Stable Diffusion 1.x",
+                "this UNet is not one of Stable Diffusion 1.x or 2.x",
                 where=str(folder / "config.json"),
                 why="; ".join(reasons),
                 hint=_SUPPORTED,
