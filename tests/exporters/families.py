@@ -155,23 +155,39 @@ def sd2(folder: Path, scratch: Path) -> None:
         "upcast_attention": True,
         "sample_size": 96,
     }
-    pipeline = StableDiffusionPipeline(
-        vae=tiny.vae(),
-        text_encoder=tiny._scramble(encoder, 3),
-        tokenizer=tiny.tokenizer(scratch),
-        unet=unet(**options),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            prediction_type="v_prediction",
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
-    save(pipeline, folder)
+    save(
+        StableDiffusionPipeline(
+            unet=unet(**options),
+            scheduler=scheduler,
+            text_encoder=tiny._scramble(encoder, 3),
+            **_parts(scratch),
+        ),
+        folder,
+    )
+
+
+def sd1(cls: Any, folder: Path, scratch: Path, scheduler: Any, **options: Any) -> None:
+    """Write a pipeline of class ``cls`` shaped as 1.x; ``options`` are those of its UNet."""
+    encoder = tiny._scramble(CLIPTextModel(text_config(hidden_act="quick_gelu")), 3)
+    parts = _parts(scratch)
+    save(cls(unet=unet(**options), scheduler=scheduler, text_encoder=encoder, **parts), folder)
+
+
+def _parts(scratch: Path) -> dict[str, Any]:
+    return {
+        "vae": tiny.vae(),
+        "tokenizer": tiny.tokenizer(scratch),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
 def save(pipeline: Any, folder: Path) -> None:
