@@ -7,7 +7,7 @@ that its pipelines run on a bundle.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sdopt.errors import SourceError
@@ -42,11 +42,32 @@ class Port:
         dims: per axis a dynamic dimension (a key of ``SAMPLE_SIZES``) or the key of the
             component's configuration that holds the size; empty for a scalar.
         kind: its dtype.
+        needs: what the configuration must say for the port to be there: ``key`` is not null, or
+            ``key=value``; empty for a port that always is.
+        each: the key of a number of layers: then there is one port before the first and one after
+            each, ``name.0`` and so on.
     """
 
     name: str
     dims: tuple[str, ...]
     kind: Kind = "weights"
+    needs: str = ""
+    each: str = ""
+
+    def of(self, config: Mapping[str, Any]) -> tuple[Port, ...]:
+        """The ports that this entry of the table means for a configuration: none, one, several.
+
+        Raises:
+            SourceError: the configuration does not say how many layers there are.
+        """
+        key, _, value = self.needs.partition("=")
+        found = config.get(key)
+        if key and (found != value if value else found is None):
+            return ()
+        if not self.each:
+            return (self,)
+        count = _size(config, self.each) + 1
+        return tuple(replace(self, name=f"{self.name}.{i}", each="") for i in range(count))
 
     def dynamic_axes(self) -> dict[int, str]:
         """Axis to symbolic name, for the dynamic axes."""
@@ -81,66 +102,112 @@ class Component:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
 
+    def of(self, config: Mapping[str, Any]) -> Component:
+        """The component with the ports that a configuration gives it.
+
+        Raises:
+            SourceError: the configuration does not say how many layers there are.
+        """
+        inputs = tuple(port for entry in self.inputs for port in entry.of(config))
+        outputs = tuple(port for entry in self.outputs for port in entry.of(config))
+        return replace(self, inputs=inputs, outputs=outputs)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that diffusers runs by the same pipelines.
+
+    Attributes:
+        title: its name to people.
+        pipelines: diffusers' classes.
+        components: in the order in which they run.
+    """
+
+    title: str
+    pipelines: tuple[str, ...]
+    components: tuple[Component, ...]
+
+
+_TOKENS = ("batch_size", "sequence_length")
+_STATES = (*_TOKENS, "hidden_size")
+
+_TEXT_ENCODER = Component(
+    "text_encoder",
+    "text_encoder",
+    Role.TEXT_ENCODER,
+    "CLIPTextModel",
+    (Port("input_ids", _TOKENS, "int64"),),
+    (
+        Port("last_hidden_state", _STATES),
+        Port("pooler_output", ("batch_size", "hidden_size")),
+    ),
+)
+_UNET = Component(
+    "unet",
+    "unet",
+    Role.DENOISER,
+    "UNet2DConditionModel",
+    (
+        Port("sample", ("batch_size", "in_channels", "height", "width")),
+        # Always float32: half precision cannot tell the timesteps above 2048 apart.
+        Port("timestep", (), "float32"),
+        Port("encoder_hidden_states", (*_TOKENS, "cross_attention_dim")),
+        # Latent consistency models take the scale of guidance so.
+        Port("timestep_cond", ("batch_size", "time_cond_proj_dim"), needs="time_cond_proj_dim"),
+    ),
+    (Port("out_sample", ("batch_size", "out_channels", "height", "width")),),
+)
+_VAE_ENCODER = Component(
+    "vae_encoder",
+    "vae",
+    Role.VAE_ENCODER,
+    "AutoencoderKL",
+    (Port("sample", ("batch_size", "in_channels", "sample_height", "sample_width")),),
+    (
+        # Mean and log-variance, so twice latent_channels.
+        Port(
+            "latent_parameters",
+            ("batch_size", "2*latent_channels", "latent_height", "latent_width"),
+        ),
+    ),
+)
+_VAE_DECODER = Component(
+    "vae_decoder",
+    "vae",
+    Role.VAE_DECODER,
+    "AutoencoderKL",
+    (Port("latent_sample", ("batch_size", "latent_channels", "latent_height", "latent_width")),),
+    (Port("sample", ("batch_size", "out_channels", "sample_height", "sample_width")),),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "sd": Family(
+        "Stable Diffusion 1.x and 2.x",
+        (
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionInpaintPipelineLegacy",
+            "StableDiffusionInstructPix2PixPipeline",
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
+        ),
+        (_TEXT_ENCODER, _UNET, _VAE_ENCODER, _VAE_DECODER),
+    ),
+}
+"""What can be exported; both generations of Stable Diffusion share classes and ports."""
 
 COMPONENTS: Mapping[str, Component] = {
-    component.name: component
-    for component in (
-        Component(
-            "text_encoder",
-            "text_encoder",
-            Role.TEXT_ENCODER,
-            "CLIPTextModel",
-            (Port("input_ids", ("batch_size", "sequence_length"), "int64"),),
-            (
-                Port("last_hidden_state", ("batch_size", "sequence_length", "hidden_size")),
-                Port("pooler_output", ("batch_size", "hidden_size")),
-            ),
-        ),
-        Component(
-            "unet",
-            "unet",
-            Role.DENOISER,
-            "UNet2DConditionModel",
-            (
-                Port("sample", ("batch_size", "in_channels", "height", "width")),
-                # Always float32: half precision cannot tell the timesteps above 2048 apart.
-                Port("timestep", (), "float32"),
-                Port(
-                    "encoder_hidden_states",
-                    ("batch_size", "sequence_length", "cross_attention_dim"),
-                ),
-            ),
-            (Port("out_sample", ("batch_size", "out_channels", "height", "width")),),
-        ),
-        Component(
-            "vae_encoder",
-            "vae",
-            Role.VAE_ENCODER,
-            "AutoencoderKL",
-            (Port("sample", ("batch_size", "in_channels", "sample_height", "sample_width")),),
-            (
-                # Mean and log-variance, so twice latent_channels.
-                Port(
-                    "latent_parameters",
-                    ("batch_size", "2*latent_channels", "latent_height", "latent_width"),
-                ),
-            ),
-        ),
-        Component(
-            "vae_decoder",
-            "vae",
-            Role.VAE_DECODER,
-            "AutoencoderKL",
-            (
-                Port(
-                    "latent_sample",
-                    ("batch_size", "latent_channels", "latent_height", "latent_width"),
-                ),
-            ),
-            (Port("sample", ("batch_size", "out_channels", "sample_height", "sample_width")),),
-        ),
-    )
+    component.name: component for family in FAMILIES.values() for component in family.components
 }
+"""Every component by its name, for where it lies and what it is for; its ports are a family's."""
+
+
+def supported() -> str:
+    """What can be exported, for a hint."""
+    return "supported are " + "; ".join(
+        f"{one.title} ({', '.join(one.pipelines)})" for one in FAMILIES.values()
+    )
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
@@ -151,6 +218,6 @@ def _size(config: Mapping[str, Any], key: str) -> int:
         raise SourceError(
             f"the configuration's {key} is {value!r}, a positive whole number is needed",
             where="config.json",
-            hint="only Stable Diffusion 1.x models can be exported so far",
+            hint=supported(),
         )
     return value

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from sdopt.errors import SourceError, UnknownNameError, UsageError
 from sdopt.exporters.checkpoint import Checkpoint, weights_files
-from sdopt.exporters.components import COMPONENTS, Component
+from sdopt.exporters.components import COMPONENTS, FAMILIES, Component, supported
 from sdopt.exporters.tokenizer import SharedFile, tokenizer_files
 from sdopt.passes.base import Role
 from sdopt.spec import suggest
@@ -27,24 +27,14 @@ DTYPES: Mapping[str, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInpaintPipelineLegacy",
-)
-"""Pipeline classes of the SD 1.x family."""
-
-_SUPPORTED = "Stable Diffusion 1.x folders are supported so far; other families come later"
 _PLAIN_UNET = {
     "addition_embed_type": None,
     "attention_type": "default",
     "class_embed_type": None,
     "encoder_hid_dim_type": None,
     "num_class_embeds": None,
-    "time_cond_proj_dim": None,
 }
-"""Options of UNet2DConditionModel that would give the graph more inputs, at their off value."""
+"""Options of UNet2DConditionModel whose inputs the table lacks, at their off value."""
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -74,7 +64,7 @@ class DiffusersSource:
     """A folder that diffusers' ``save_pretrained`` wrote, whole, partial, or of one component.
 
     Raises:
-        SourceError: it is no such folder, or not of the SD 1.x family.
+        SourceError: it is no such folder, or not of a supported family.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -98,13 +88,16 @@ class DiffusersSource:
                 where=str(self.folder),
                 why=f"looked for {', '.join(dict.fromkeys(c.folder for c in COMPONENTS.values()))}"
                 " with a config.json each",
-                hint=_SUPPORTED,
+                hint=supported(),
             )
 
     @property
     def family(self) -> str:
-        """The model family."""
-        return "sd1"
+        """The model family: ``sd1`` or ``sd2``, which has a text encoder of OpenCLIP's."""
+        _, encoder = self._configs.get("text_encoder", (None, {}))
+        _, unet = self._configs.get("unet", (None, {}))
+        second = encoder.get("hidden_act") == "gelu" or unet.get("use_linear_projection")
+        return "sd2" if second else "sd1"
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -224,16 +217,16 @@ class DiffusersSource:
         raise SourceError(
             f"{component.folder} is a {found}, not a {component.class_name}",
             where=str(folder / "config.json"),
-            hint=_SUPPORTED,
+            hint=supported(),
         )
 
     def _check_pipeline(self) -> None:
         name = self.index.get("_class_name")
-        if name not in PIPELINES:
+        if not any(name in family.pipelines for family in FAMILIES.values()):
             raise SourceError(
                 f"the pipeline {name} is not supported",
                 where=str(self.folder / "model_index.json"),
-                hint=_SUPPORTED,
+                hint=supported(),
             )
 
     def _check_config(self, component: Component, folder: Path, config: dict[str, Any]) -> None:
@@ -244,16 +237,14 @@ class DiffusersSource:
             for key, off in _PLAIN_UNET.items()
             if config.get(key, off) != off
         ]
-        if (channels := config.get("in_channels", 4)) != 4:
-            reasons.append(f"in_channels is {channels!r}, not 4")
         if not isinstance(config.get("cross_attention_dim", 1280), int):
             reasons.append("cross_attention_dim is no single number")
         if reasons:
             raise SourceError(
-                "this UNet is not one of Stable Diffusion 1.x",
+                "this UNet takes inputs that are not supported",
                 where=str(folder / "config.json"),
                 why="; ".join(reasons),
-                hint=_SUPPORTED,
+                hint=supported(),
             )
 
 

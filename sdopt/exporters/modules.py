@@ -80,10 +80,19 @@ class Unet(Network):
         self.config = dict(self.model.config)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[B, 4, H, W]``, a scalar and ``[B, S, C]`` to ``[B, 4, H, W]``."""
-        output = self.model(sample, timestep, encoder_hidden_states, return_dict=False)
+        """``[B, C, H, W]``, a scalar and ``[B, S, E]`` to ``[B, 4, H, W]``.
+
+        ``timestep_cond`` ``[B, G]`` is the embedded scale of guidance where the network takes one.
+        """
+        output = self.model(
+            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
+        )
         result: torch.Tensor = output[0]
         return result
 

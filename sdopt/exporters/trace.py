@@ -39,13 +39,18 @@ def trace(component: Component, network: Network, dtype: ir.DataType) -> ir.Mode
         SourceError: the network cannot be run, or has an axis or a constant that cannot be
             traced.
     """
-    samples = tuple(_sample(port, network, dtype) for port in component.inputs)
-    dynamic = tuple(
-        dict.fromkeys(port.dynamic_axes(), torch.export.Dim.DYNAMIC) for port in component.inputs
-    )
+    component = component.of(network.config)
+    # By name: which of its last arguments a network takes is a matter of its configuration.
+    samples = {port.name: _sample(port, network, dtype) for port in component.inputs}
+    dynamic = {
+        port.name: dict.fromkeys(port.dynamic_axes(), torch.export.Dim.DYNAMIC)
+        for port in component.inputs
+    }
     try:
         with _quiet(), network.mode:
-            program = torch.export.export(network, samples, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(
+                network, (), kwargs=samples, dynamic_shapes=dynamic, strict=False
+            )
             lower(program)
             exported = torch.onnx.export(
                 program,

@@ -61,17 +61,24 @@ class Unet(_OnHost):
         sample: torch.Tensor,
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
-        """One denoising step: ``sample`` ``[B, C, H, W]`` to the predicted noise."""
+        """One denoising step: ``sample`` ``[B, C, H, W]`` to the predicted noise.
+
+        ``timestep_cond`` is ``[B, G]``, the embedded scale of guidance, for a latent consistency
+        model.
+        """
         _refuse("unet", others)
-        out = _compute(
-            self._session,
-            sample=sample,
-            timestep=self._time(timestep, sample.shape[0]),
-            encoder_hidden_states=encoder_hidden_states,
-        )["out_sample"]
+        given = {
+            "sample": sample,
+            "timestep": self._time(timestep, sample.shape[0]),
+            "encoder_hidden_states": encoder_hidden_states,
+            "timestep_cond": timestep_cond,
+        }
+        feeds = {name: tensor for name, tensor in given.items() if tensor is not None}
+        out = _compute(self._session, **feeds)["out_sample"]
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
     def _time(self, timestep: torch.Tensor | float, batch: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sdopt import datafile
 from sdopt.bundle import Bundle
 from sdopt.report import Progress, part
-from sdopt.runtime.pipeline import assemble
-from sdopt.runtime.request import Request, check_numbers, image_size, start_image
+from sdopt.runtime.pipeline import assemble, runner_of
+from sdopt.runtime.request import Request, check_numbers, check_runner, image_size, start_image
 from sdopt.runtime.session import Opener, choose_stages, digest_of, opener
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def generate(
     """
     check_numbers(prompts, steps, seed, count, batch)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    check_runner(runner_of(opened), negative, str(opened.path))
     start = start_image(image, strength, steps) if image is not None else None
     chosen = opener(target) if isinstance(target, str) else target
     stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
@@ -186,9 +188,10 @@ def _run(
         more: dict[str, Any] = {"width": request.width, "height": request.height}
     else:
         more = {"image": [request.image] * len(prompts), "strength": request.strength}
+    if "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
+        more["negative_prompt"] = [request.negative] * len(prompts)
     result = pipeline(
         list(prompts),
-        negative_prompt=[request.negative] * len(prompts),
         num_inference_steps=request.steps,
         guidance_scale=request.guidance,
         generator=[torch.Generator("cpu").manual_seed(one) for one in seeds],

@@ -13,11 +13,11 @@ from sdopt.bundle import Bundle, Stage
 from sdopt.errors import BundleError, MissingDependencyError
 from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
+from sdopt.runtime.runners import RUNNERS, Runner
 from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import Opener, choose_stages, opener
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-"""The classes of diffusers that a bundle can stand behind."""
+INDEX, WHAT_INDEX = "model_index.json", "which pipeline this is"
 
 
 def load_pipeline(
@@ -31,11 +31,14 @@ def load_pipeline(
 ) -> Any:
     """A diffusers pipeline whose models are sessions on a bundle's graphs.
 
+    A bundle for inpainting is behind ``StableDiffusionInpaintPipeline``, which wants an image and
+    a mask.
+
     Args:
         bundle: the bundle or its directory.
         stage: the stage to run; by default the target's build, else the optimized, else the raw.
         target: what runs the graphs, such as ``ort:threads=2``.
-        image_to_image: a ``StableDiffusionImg2ImgPipeline`` in place of the text-to-image one.
+        image_to_image: the family's image-to-image pipeline in place of the text-to-image one.
         scheduler: a short name (``ddim``, ``euler``, ``dpm++``, ...); the bundle's by default.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
 
@@ -46,6 +49,7 @@ def load_pipeline(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = opener(target)
+    image_to_image |= runner_of(opened).mask
     stages = choose_stages(opened, chosen, stage, image_to_image=image_to_image)
     return assemble(
         opened,
@@ -67,11 +71,11 @@ def assemble(
     device: str | None = None,
 ) -> Any:
     """The pipeline over those stages; see ``load_pipeline``."""
-    cls = _pipeline_class(PIPELINES[image_to_image])
+    cls = _pipeline_class(runner_of(bundle).class_name(image_to_image))
     from sdopt.runtime import schedulers
     from sdopt.runtime.components import TextEncoder, Unet, Vae
 
-    index = _index(bundle)
+    index = _read(bundle, INDEX, WHAT_INDEX)
     config = _scheduler_config(bundle)
     steps = (
         schedulers.named(scheduler, config)
@@ -114,15 +118,20 @@ def _pipeline_class(name: str) -> Any:
         ) from error
 
 
-def _index(bundle: Bundle) -> dict[str, Any]:
-    index = _read(bundle, "model_index.json", "which pipeline this is")
-    if (name := index.get("_class_name")) not in PIPELINES:
+def runner_of(bundle: Bundle) -> Runner:
+    """What runs the bundle, by the class that its index names.
+
+    Raises:
+        BundleError: there is no index, or nothing runs that class.
+    """
+    name = str(_read(bundle, INDEX, WHAT_INDEX).get("_class_name"))
+    if name not in RUNNERS:
         raise BundleError(
             f"sdopt cannot run a {name} yet",
-            where=str(bundle.path / "model_index.json"),
-            hint=f"it runs {' and '.join(PIPELINES)}; other tools read the ONNX files as they are",
+            where=str(bundle.path / INDEX),
+            hint=f"it runs {', '.join(RUNNERS)}; other tools read the ONNX files as they are",
         )
-    return index
+    return RUNNERS[name]
 
 
 def _scheduler_config(bundle: Bundle) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from sdopt.errors import MissingDependencyError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sdopt.runtime.runners import Runner
+
 
 @dataclass(frozen=True)
 class Request:
@@ -50,6 +52,27 @@ def check_numbers(prompts: Sequence[str], steps: int, seed: int, count: int, bat
             raise UsageError(f"{name} must be 1 or more, not {number}")
     if not 0 <= seed < 2**63:
         raise UsageError(f"the seed must be 0 or more and below 2**63, not {seed}")
+
+
+def check_runner(runner: Runner, negative: str, where: str) -> None:
+    """Refuse a bundle that wants more than a prompt and an image, and what it has no input for.
+
+    Raises:
+        UsageError: an inpainting model, or a negative prompt to a model without one.
+    """
+    if runner.mask:
+        raise UsageError(
+            "this bundle is for inpainting, and wants a mask beside the image",
+            where=where,
+            hint="from Python: sdopt.load_pipeline(BUNDLE)(prompt, image=..., mask_image=...)",
+        )
+    if negative and not runner.negative:
+        raise UsageError(
+            "this model takes no negative prompt",
+            where=where,
+            why=f"{runner.text_to_image} runs it, which has none",
+            hint="leave --negative out",
+        )
 
 
 def _check_strength(strength: float, steps: int) -> None:

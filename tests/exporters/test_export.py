@@ -119,7 +119,7 @@ def test_text_encoder_with_the_old_end_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_interface_is_that_of_the_table(exported: Get, name: str) -> None:
-    model, component = exported(name).model, COMPONENTS[name]
+    model, component = exported(name).model, COMPONENTS[name].of(exported(name).config)
     assert model.opset_imports == {"": 23}
     assert not model.functions
     sizes = {"in_channels": 4 if name == "unet" else 3, "out_channels": 4 if name == "unet" else 3}

@@ -1,0 +1,197 @@
+"""Tiny random pipelines of the families beyond Stable Diffusion 1.x, and how they are compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdopt.report import Report
+from sdopt.session import Session
+from tests.exporters import tiny
+
+Tensors = Mapping[str, torch.Tensor]
+
+FP32, FP16 = 5e-6, 5e-3
+"""The greatest relative L2 distance from PyTorch, by dtype."""
+
+
+def distance(got: np.ndarray, want: torch.Tensor) -> float:
+    """Relative L2 distance from what PyTorch computes."""
+    reference = want.double().numpy()
+    assert got.shape == reference.shape
+    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+
+
+def reference(folder: Path, component: str) -> Callable[[Tensors], Tensors]:
+    """A component of a pipeline's folder in PyTorch: the graph's inputs to its outputs."""
+    if component == "unet":
+        model = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        return lambda feeds: {"out_sample": _unet(model, dict(feeds))}
+    if component.startswith("vae"):
+        vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+        if component == "vae_decoder":
+            return lambda feeds: {"sample": vae.decode(feeds["latent_sample"]).sample}
+        return lambda feeds: {
+            "latent_parameters": vae.encode(feeds["sample"]).latent_dist.parameters
+        }
+    text = CLIPTextModel.from_pretrained(folder / component).eval()
+    return lambda feeds: _text(text(feeds["input_ids"]))
+
+
+def _unet(model: UNet2DConditionModel, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
+    result: torch.Tensor = model(**feeds).sample
+    return result
+
+
+def _text(found: Any) -> Tensors:
+    return {"last_hidden_state": found.last_hidden_state, "pooler_output": found.pooler_output}
+
+
+def check(
+    session: Session, model: Callable[[Tensors], Tensors], feeds: Tensors, at: float
+) -> None:
+    """Compare every output of a session with PyTorch's, relative L2 at most ``at``."""
+    with torch.no_grad():
+        want = model(feeds)
+    got = session.run({name: tensor.numpy() for name, tensor in feeds.items()})
+    assert got.keys() == want.keys()
+    far = {name: distance(got[name].astype(np.float32), want[name]) for name in want}
+    assert max(far.values()) <= at, far
+
+
+def latents(pipeline: Any, prompt: str, **options: Any) -> torch.Tensor:
+    """What a pipeline draws in four steps from seed 3, before the VAE decodes it."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    given = {"num_inference_steps": 4, "output_type": "latent", **options}
+    result: torch.Tensor = pipeline(prompt, generator=generator, **given).images
+    return result
+
+
+def fused(report: Report) -> dict[str, Mapping[str, int]]:
+    """What ``fuse_qkv`` did to each component."""
+    return {
+        one.component: next(each.rewrites for each in one.passes if each.spec == "fuse_qkv")
+        for one in report.components
+    }
+
+
+def feeds_of(component: str, size: tuple[int, int], seed: int, **dims: int) -> Tensors:
+    """Random inputs of a component at a latent of ``size``; ``dims`` are extra inputs' widths."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, (height, width) = 1 + seed % 3, size
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    if component == "vae_encoder":
+        return {"sample": noise(3, 8 * height, 8 * width)}
+    if component == "vae_decoder":
+        return {"latent_sample": noise(4, height, width)}
+    if component != "unet":
+        ids = torch.randint(0, tiny.VOCABULARY - 2, (batch, 3 + 19 * seed), generator=generator)
+        ids[:, 1 + seed] = tiny.VOCABULARY - 1
+        return {"input_ids": ids}
+    more = {name: noise(width) for name, width in dims.items() if name not in _UNET}
+    return {
+        "sample": noise(dims.get("channels", 4), height, width),
+        "timestep": torch.tensor(float(seed * 977 % 1000)),
+        "encoder_hidden_states": noise(1 + 19 * seed, dims.get("states", 24)),
+        **more,
+    }
+
+
+_UNET = ("channels", "states")
+
+
+def unet(**options: Any) -> UNet2DConditionModel:
+    """A random UNet of three levels; ``options`` are those of diffusers."""
+    given: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 4,
+    }
+    return tiny._scramble(UNet2DConditionModel(**(given | options)), 1)
+
+
+def text_config(**options: Any) -> CLIPTextConfig:
+    """The configuration of a small text encoder for the tiny tokenizer."""
+    given: dict[str, Any] = {
+        "vocab_size": tiny.VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 77,
+        "bos_token_id": tiny.VOCABULARY - 2,
+        "eos_token_id": tiny.VOCABULARY - 1,
+        "pad_token_id": 0,
+    }
+    return CLIPTextConfig(**(given | options))
+
+
+def sd2(folder: Path, scratch: Path) -> None:
+    """Write a pipeline shaped as Stable Diffusion 2.x at 768 pixels is.
+
+    Its text encoder has one layer less than it was trained with and no mark of that, heads are a
+    list of counts, projections are linear, attention is upcast and the UNet predicts v.
+    """
+    encoder = CLIPTextModel(text_config(hidden_act="gelu", num_hidden_layers=3, projection_dim=12))
+    options = {
+        "attention_head_dim": (1, 2, 4),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+        "sample_size": 96,
+    }
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    save(
+        StableDiffusionPipeline(
+            unet=unet(**options),
+            scheduler=scheduler,
+            text_encoder=tiny._scramble(encoder, 3),
+            **_parts(scratch),
+        ),
+        folder,
+    )
+
+
+def sd1(cls: Any, folder: Path, scratch: Path, scheduler: Any, **options: Any) -> None:
+    """Write a pipeline of class ``cls`` shaped as 1.x; ``options`` are those of its UNet."""
+    encoder = tiny._scramble(CLIPTextModel(text_config(hidden_act="quick_gelu")), 3)
+    parts = _parts(scratch)
+    save(cls(unet=unet(**options), scheduler=scheduler, text_encoder=encoder, **parts), folder)
+
+
+def _parts(scratch: Path) -> dict[str, Any]:
+    return {
+        "vae": tiny.vae(),
+        "tokenizer": tiny.tokenizer(scratch),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def save(pipeline: Any, folder: Path) -> None:
+    """``save_pretrained`` as safetensors, without what diffusers says about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline.save_pretrained(folder, safe_serialization=True)
