@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 import sdopt
@@ -107,6 +112,20 @@ def test_run_draws(bundle: Path) -> None:
     assert other.image.size == (104, 72)
 
 
+def test_inpainting_equals_pytorch(source: Path, bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "copy")
+    index = tmp_path / "copy/model_index.json"
+    name = "StableDiffusionXLInpaintPipeline"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": name}))
+    ours = sdopt.load_pipeline(tmp_path / "copy")
+    assert type(ours) is StableDiffusionXLInpaintPipeline
+    theirs = StableDiffusionXLInpaintPipeline.from_pretrained(source, add_watermarker=False)
+    mask = Image.fromarray(np.eye(72, 104, dtype=np.uint8) * 255)
+    options = {"image": picture(), "mask_image": mask, "width": 104, "height": 72}
+    found = [families.latents(one, "ab a", **options) for one in (ours, theirs)]
+    assert distance(found[0].numpy(), found[1]) <= IMAGE
+
+
 def test_the_first_encoder_skips_layers(source: Path, bundle: Path) -> None:
     ours = sdopt.load_pipeline(bundle)
     theirs = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
@@ -129,8 +148,6 @@ def test_compare_takes_the_checkpoint(source: Path, bundle: Path) -> None:
 
 
 def test_a_missing_second_encoder_is_named(bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(bundle, tmp_path / "copy")
     (tmp_path / "copy/tokenizer_2").rename(tmp_path / "away")
     with pytest.raises(BundleError, match="no tokenizer_2 that can be loaded"):
