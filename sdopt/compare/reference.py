@@ -45,7 +45,7 @@ def module(folder: Path, name: str) -> Compute:
         with quiet():
             import torch
             from diffusers import AutoencoderKL, UNet2DConditionModel
-            from transformers import CLIPTextModel
+            from transformers import CLIPTextModel, CLIPTextModelWithProjection
     except ImportError as error:
         raise MissingDependencyError(
             "the PyTorch reference needs torch, diffusers and transformers",
@@ -54,7 +54,10 @@ def module(folder: Path, name: str) -> Compute:
         ) from error
     component = COMPONENTS[name]
     classes: dict[str, Any] = {
-        cls.__name__: cls for cls in (AutoencoderKL, UNet2DConditionModel, CLIPTextModel)
+        "AutoencoderKL": AutoencoderKL,
+        "UNet2DConditionModel": UNet2DConditionModel,
+        "CLIPTextModel": CLIPTextModel,
+        "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     }
     place = folder / component.folder
     plain = any(
@@ -70,7 +73,9 @@ def module(folder: Path, name: str) -> Compute:
             f"the checkpoint of {name} cannot be loaded", where=str(place), why=str(error)
         ) from error
     network = network.float().eval()
-    call = _CALLS[name]
+    # The first of two text encoders gives what the second does.
+    two = name == "text_encoder" and (folder / "text_encoder_2").is_dir()
+    call = _CALLS["text_encoder_2" if two else name]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = {
@@ -100,8 +105,17 @@ def _text_encoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _text_encoder_of_xl(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    found = network(input_ids=feeds["input_ids"], output_hidden_states=True)
+    states = {f"hidden_states.{i}": state for i, state in enumerate(found.hidden_states)}
+    pooled = "text_embeds" if "text_embeds" in found else "pooler_output"
+    return {pooled: found[pooled], "last_hidden_state": found.last_hidden_state, **states}
+
+
 def _unet(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    return {"out_sample": network(**feeds, return_dict=False)[0]}
+    given = dict(feeds)
+    added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+    return {"out_sample": network(**given, added_cond_kwargs=added, return_dict=False)[0]}
 
 
 def _vae_encoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +128,7 @@ def _vae_decoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
 
 _CALLS: Mapping[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "text_encoder": _text_encoder,
+    "text_encoder_2": _text_encoder_of_xl,
     "unet": _unet,
     "vae_encoder": _vae_encoder,
     "vae_decoder": _vae_decoder,

@@ -6,7 +6,7 @@ that its pipelines run on a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -40,7 +40,8 @@ class Port:
     Attributes:
         name: its name in the graph.
         dims: per axis a dynamic dimension (a key of ``SAMPLE_SIZES``) or the key of the
-            component's configuration that holds the size; empty for a scalar.
+            component's configuration that holds the size, or one of ``_COMPUTED``; empty for a
+            scalar.
         kind: its dtype.
         needs: what the configuration must say for the port to be there: ``key`` is not null, or
             ``key=value``; empty for a port that always is.
@@ -128,6 +129,7 @@ class Family:
     components: tuple[Component, ...]
 
 
+_TEXT_TIME = "addition_embed_type=text_time"
 _TOKENS = ("batch_size", "sequence_length")
 _STATES = (*_TOKENS, "hidden_size")
 
@@ -142,6 +144,20 @@ _TEXT_ENCODER = Component(
         Port("pooler_output", ("batch_size", "hidden_size")),
     ),
 )
+_EACH_STATE = Port("hidden_states", _STATES, each="num_hidden_layers")
+_TEXT_ENCODER_XL = replace(_TEXT_ENCODER, outputs=(*_TEXT_ENCODER.outputs, _EACH_STATE))
+_TEXT_ENCODER_2 = Component(
+    "text_encoder_2",
+    "text_encoder_2",
+    Role.TEXT_ENCODER,
+    "CLIPTextModelWithProjection",
+    (Port("input_ids", _TOKENS, "int64"),),
+    (
+        Port("text_embeds", ("batch_size", "projection_dim")),
+        Port("last_hidden_state", _STATES),
+        _EACH_STATE,
+    ),
+)
 _UNET = Component(
     "unet",
     "unet",
@@ -152,6 +168,10 @@ _UNET = Component(
         # Always float32: half precision cannot tell the timesteps above 2048 apart.
         Port("timestep", (), "float32"),
         Port("encoder_hidden_states", (*_TOKENS, "cross_attention_dim")),
+        # Stable Diffusion XL: the projected prompt, and sizes in pixels, in float32 as half
+        # precision has no odd numbers above 2048.
+        Port("text_embeds", ("batch_size", "text_embeds"), needs=_TEXT_TIME),
+        Port("time_ids", ("batch_size", "time_ids"), "float32", needs=_TEXT_TIME),
         # Latent consistency models take the scale of guidance so.
         Port("timestep_cond", ("batch_size", "time_cond_proj_dim"), needs="time_cond_proj_dim"),
     ),
@@ -194,13 +214,29 @@ FAMILIES: Mapping[str, Family] = {
         ),
         (_TEXT_ENCODER, _UNET, _VAE_ENCODER, _VAE_DECODER),
     ),
+    "sdxl": Family(
+        "Stable Diffusion XL",
+        (
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+        ),
+        (_TEXT_ENCODER_XL, _TEXT_ENCODER_2, _UNET, _VAE_ENCODER, _VAE_DECODER),
+    ),
 }
-"""What can be exported; both generations of Stable Diffusion share classes and ports."""
+"""What can be exported; 1.x and 2.x share classes and ports, XL's base and refiner as well."""
 
 COMPONENTS: Mapping[str, Component] = {
-    component.name: component for family in FAMILIES.values() for component in family.components
+    component.name: component
+    for family in reversed(tuple(FAMILIES.values()))
+    for component in family.components
 }
-"""Every component by its name, for where it lies and what it is for; its ports are a family's."""
+"""Every component by its name; where families differ in its ports, it has the first one's."""
+
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+SHARED = ("scheduler", *TOKENIZERS)
+"""Folders of a pipeline that a bundle takes as they are."""
 
 
 def supported() -> str:
@@ -210,10 +246,33 @@ def supported() -> str:
     )
 
 
+def _time_ids(config: Mapping[str, Any]) -> int:
+    """How many numbers XL's ``time_ids`` are: 6 sizes, or the refiner's 4 and a score.
+
+    The refiner is the UNet whose one text encoder gives both the states and the embedding, of
+    one width (1280; the base's states are both encoders', 2048).
+    """
+    embedded = _size(config, "projection_class_embeddings_input_dim")
+    five = embedded - 5 * _size(config, "addition_time_embed_dim")
+    return 5 if five == _size(config, "cross_attention_dim") else 6
+
+
+def _text_embeds(config: Mapping[str, Any]) -> int:
+    """The width of XL's ``text_embeds``: what is left of the added embedding."""
+    embedded = _size(config, "projection_class_embeddings_input_dim")
+    return embedded - _time_ids(config) * _size(config, "addition_time_embed_dim")
+
+
+_COMPUTED: Mapping[str, Callable[[Mapping[str, Any]], int]] = {
+    "2*latent_channels": lambda config: 2 * _size(config, "latent_channels"),
+    "time_ids": _time_ids,
+    "text_embeds": _text_embeds,
+}
+"""Sizes that a configuration holds under no key of their own."""
+
+
 def _size(config: Mapping[str, Any], key: str) -> int:
-    if key.startswith("2*"):
-        return 2 * _size(config, key[2:])
-    value = config.get(key)
+    value = _COMPUTED[key](config) if key in _COMPUTED else config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise SourceError(
             f"the configuration's {key} is {value!r}, a positive whole number is needed",

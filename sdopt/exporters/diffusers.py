@@ -14,7 +14,14 @@ import onnx_ir as ir
 
 from sdopt.errors import SourceError, UnknownNameError, UsageError
 from sdopt.exporters.checkpoint import Checkpoint, weights_files
-from sdopt.exporters.components import COMPONENTS, FAMILIES, Component, supported
+from sdopt.exporters.components import (
+    COMPONENTS,
+    FAMILIES,
+    SHARED,
+    TOKENIZERS,
+    Component,
+    supported,
+)
 from sdopt.exporters.tokenizer import SharedFile, tokenizer_files
 from sdopt.passes.base import Role
 from sdopt.spec import suggest
@@ -28,7 +35,6 @@ DTYPES: Mapping[str, ir.DataType] = {
     "bf16": ir.DataType.BFLOAT16,
 }
 _PLAIN_UNET = {
-    "addition_embed_type": None,
     "attention_type": "default",
     "class_embed_type": None,
     "encoder_hid_dim_type": None,
@@ -36,6 +42,7 @@ _PLAIN_UNET = {
 }
 """Options of UNet2DConditionModel whose inputs the table lacks, at their off value."""
 
+_SECOND = "CLIPTextModelWithProjection"
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -75,9 +82,10 @@ class DiffusersSource:
         if (path := self.folder / "model_index.json").is_file():
             self.index = read_json(path)
             self._check_pipeline()
+        self._family = FAMILIES[self._family_name()]
         self._configs = {
-            name: (home, config)
-            for name, component in COMPONENTS.items()
+            component.name: (home, config)
+            for component in self._family.components
             if (home := self._folder_of(component)) is not None
             and (config := read_json(home / "config.json")) is not None
             and self._is(component, home, config)
@@ -86,14 +94,17 @@ class DiffusersSource:
             raise SourceError(
                 "no component that can be exported is here",
                 where=str(self.folder),
-                why=f"looked for {', '.join(dict.fromkeys(c.folder for c in COMPONENTS.values()))}"
+                why=f"looked for {', '.join({c.folder: 0 for c in self._family.components})}"
                 " with a config.json each",
                 hint=supported(),
             )
 
     @property
     def family(self) -> str:
-        """The model family: ``sd1`` or ``sd2``, which has a text encoder of OpenCLIP's."""
+        """``sdxl``, ``sdxl_refiner``, ``sd1``, or ``sd2``, whose text encoder is OpenCLIP's."""
+        if self._family is FAMILIES["sdxl"]:
+            alone = bool(self.index) and not _listed(self.index, "text_encoder")
+            return "sdxl_refiner" if alone else "sdxl"
         _, encoder = self._configs.get("text_encoder", (None, {}))
         _, unet = self._configs.get("unet", (None, {}))
         second = encoder.get("hidden_act") == "gelu" or unet.get("use_linear_projection")
@@ -154,7 +165,7 @@ class DiffusersSource:
         checkpoint = self._checkpoint(name, dtype)
         chosen = self.dtype_of(name, dtype)
         digest = self.fingerprint(name, dtype)
-        component, kind = COMPONENTS[name], DTYPES[chosen]
+        component, kind = self._table()[name], DTYPES[chosen]
         network = build(component, config, kind)
         keys = match(network.shapes(), network.tied(), checkpoint, str(folder))
         model = trace(component, network, kind)
@@ -172,14 +183,29 @@ class DiffusersSource:
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
         files = [SharedFile("model_index.json", text=json.dumps(index, indent=2) + "\n")]
-        for part in ("scheduler", "tokenizer"):
+        for part in SHARED:
             folder = self.folder / part
             files += [
                 SharedFile(f"{part}/{path.name}", source=path.absolute())
                 for path in sorted(folder.glob("*"))
                 if path.is_file() and not path.name.startswith(".")
             ]
-        return files + tokenizer_files(self.folder / "tokenizer")
+        for part in TOKENIZERS:
+            files += tokenizer_files(self.folder / part)
+        return files
+
+    def _table(self) -> dict[str, Component]:
+        return {component.name: component for component in self._family.components}
+
+    def _family_name(self) -> str:
+        """By the index's class; without an index, by what only XL has."""
+        if name := self.index.get("_class_name"):
+            return next(key for key, one in FAMILIES.items() if name in one.pipelines)
+        paths = [self.folder / place / "config.json" for place in ("unet", "text_encoder_2", "")]
+        configs = [read_json(path) for path in paths if path.is_file()]
+        text_time = any(one.get("addition_embed_type") == "text_time" for one in configs)
+        second = any(one.get("architectures") == [_SECOND] for one in configs)
+        return "sdxl" if text_time or second else "sd"
 
     def _component(self, name: str) -> tuple[Path, dict[str, Any]]:
         if name not in COMPONENTS:
@@ -237,6 +263,8 @@ class DiffusersSource:
             for key, off in _PLAIN_UNET.items()
             if config.get(key, off) != off
         ]
+        if (added := config.get("addition_embed_type")) not in (None, "text_time"):
+            reasons.append(f"addition_embed_type is {added!r}")
         if not isinstance(config.get("cross_attention_dim", 1280), int):
             reasons.append("cross_attention_dim is no single number")
         if reasons:

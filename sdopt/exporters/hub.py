@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sdopt.errors import MissingDependencyError, SourceError
 from sdopt.exporters.checkpoint import NAMES, no_weights, weights_files
-from sdopt.exporters.components import COMPONENTS
+from sdopt.exporters.components import COMPONENTS, SHARED
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SHARD = re.compile(
@@ -71,7 +71,7 @@ def select(
     chosen: list[str] = [
         name for name in ("model_index.json", "config.json") if name in tree.get("", [])
     ]
-    for part in ("scheduler", "tokenizer"):
+    for part in SHARED:
         names = [name for name in tree.get(part, []) if name.endswith(_TEXT_SUFFIXES)]
         chosen += [f"{part}/{name}" for name in names]
     for folder in sorted(folders & set(tree)):

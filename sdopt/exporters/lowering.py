@@ -24,6 +24,7 @@ _COMPOSITE = frozenset(
     {
         aten._assert_tensor_metadata.default,
         aten.chunk.default,
+        aten.concat.default,
         aten.contiguous.default,
         aten.dropout.default,
         *_CASTS,
@@ -44,6 +45,7 @@ DIRECT = _COMPOSITE | frozenset(
         aten.eq.Scalar,
         aten.exp.default,
         aten.expand.default,
+        aten.flatten.using_ints,
         aten.gelu.default,
         aten.group_norm.default,
         aten.index.Tensor,
@@ -86,6 +88,8 @@ def lower(program: ExportedProgram) -> bool:
             graph.erase_node(node)
         elif node.target in (aten.contiguous.default, aten.dropout.default):
             _forward(graph, node)
+        elif node.target is aten.concat.default:
+            node.target = aten.cat.default
         elif (position := _CASTS.get(node.target)) is not None:
             given = len(node.args) > position
             dtype = node.args[position] if given else node.kwargs["dtype"]

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdopt.errors import SourceError
 from sdopt.exporters.components import Component
@@ -52,21 +52,44 @@ class Network(torch.nn.Module):
 
 
 class TextEncoder(Network):
-    """CLIPTextModel: ``input_ids [B, S]`` to the last hidden state and the pooled one."""
+    """CLIPTextModel: ``input_ids [B, S]`` to the last hidden state, the pooled one, and all."""
 
     prefix = "model."
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        parsed = CLIPTextConfig.from_dict(dict(config))
-        parsed._attn_implementation = "sdpa"
+        parsed = _text_config(config)
         self.model = CLIPTextModel(parsed)
         self.config = parsed.to_dict()
+        self.every = False
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[B, S]`` to ``[B, S, hidden]`` and ``[B, hidden]``."""
-        output = self.model(input_ids=input_ids, return_dict=True)
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``[B, S]`` to ``[B, S, E]``, ``[B, E]``, and the states around every layer if asked."""
+        found = self.model(input_ids=input_ids, output_hidden_states=self.every, return_dict=True)
+        return found.last_hidden_state, found.pooler_output, *(found.hidden_states or ())
+
+
+class TextEncoder2(Network):
+    """CLIPTextModelWithProjection: XL's second text encoder, and the refiner's only one."""
+
+    prefix = "model."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        parsed = _text_config(config)
+        self.model = CLIPTextModelWithProjection(parsed)
+        self.config = parsed.to_dict()
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``[B, S]`` to the projection ``[B, P]``, ``[B, S, E]``, and that around every layer."""
+        found = self.model(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        return found.text_embeds, found.last_hidden_state, *found.hidden_states
+
+
+def _text_config(config: Config) -> CLIPTextConfig:
+    parsed = CLIPTextConfig.from_dict(dict(config))
+    parsed._attn_implementation = "sdpa"
+    return parsed
 
 
 class Unet(Network):
@@ -84,14 +107,23 @@ class Unet(Network):
         sample: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[B, C, H, W]``, a scalar and ``[B, S, E]`` to ``[B, 4, H, W]``.
 
-        ``timestep_cond`` ``[B, G]`` is the embedded scale of guidance where the network takes one.
+        Where the network takes them, ``text_embeds`` is ``[B, P]``, ``time_ids`` ``[B, 6]`` or
+        ``[B, 5]``, and ``timestep_cond`` ``[B, G]`` the embedded scale of guidance.
         """
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.model(
-            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            return_dict=False,
         )
         result: torch.Tensor = output[0]
         return result
@@ -137,6 +169,7 @@ TORCH_DTYPES = {
 
 _NETWORKS: Mapping[str, Callable[[Config], Network]] = {
     "text_encoder": TextEncoder,
+    "text_encoder_2": TextEncoder2,
     "unet": Unet,
     "vae_encoder": VaeEncoder,
     "vae_decoder": VaeDecoder,
@@ -157,6 +190,8 @@ def build(component: Component, config: Config, dtype: ir.DataType) -> Network:
     try:
         with mode:
             network = _NETWORKS[component.name](config)
+            if isinstance(network, TextEncoder):
+                network.every = any(port.each for port in component.outputs)
     except Exception as error:  # constructors and their validators raise anything
         raise SourceError(
             f"{component.class_name} cannot be built from its configuration",

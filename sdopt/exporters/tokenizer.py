@@ -52,6 +52,6 @@ def tokenizer_files(folder: Path) -> list[SharedFile]:
     ordered = dict(sorted(vocab.items(), key=lambda item: item[1]))
     lines = ["#version: 0.2", *merges]
     return [
-        SharedFile("tokenizer/vocab.json", text=json.dumps(ordered, ensure_ascii=False)),
-        SharedFile("tokenizer/merges.txt", text="\n".join(lines) + "\n"),
+        SharedFile(f"{folder.name}/vocab.json", text=json.dumps(ordered, ensure_ascii=False)),
+        SharedFile(f"{folder.name}/merges.txt", text="\n".join(lines) + "\n"),
     ]

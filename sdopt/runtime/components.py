@@ -7,6 +7,8 @@ are in; a session casts where its graph is in half precision.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,12 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from sdopt.errors import BundleError, UsageError
 from sdopt.session import Session
+
+_STATES = "hidden_states."
 
 
 class _OnHost:
@@ -29,23 +34,44 @@ class _OnHost:
     dtype = torch.float32
     device = torch.device("cpu")
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """None: diffusers looks among them for what moves weights between devices."""
+        return iter(())
+
 
 class TextEncoder(_OnHost):
-    """A session in the place of ``CLIPTextModel``."""
+    """A session in the place of ``CLIPTextModel`` or ``CLIPTextModelWithProjection``."""
 
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
         self._session = session
         self.config = CLIPTextConfig(**config)
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
-    ) -> BaseModelOutputWithPooling:
-        """``input_ids`` ``[B, S]`` to ``last_hidden_state`` ``[B, S, E]``, ``pooler_output``."""
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        **others: Any,
+    ) -> BaseModelOutputWithPooling | CLIPTextModelOutput:
+        """``input_ids`` ``[B, S]`` to ``last_hidden_state`` ``[B, S, E]`` and what is pooled.
+
+        That is ``pooler_output`` ``[B, E]`` or ``text_embeds`` ``[B, P]``; ``hidden_states`` are
+        ``[B, S, E]`` before the first layer and after each.
+
+        Raises:
+            UsageError: asked for what the graph does not give.
+        """
         _refuse("text encoder", {"attention_mask": attention_mask, **others})
+        states = [name for name in self._session.outputs if name.startswith(_STATES)]
+        if not states:
+            _refuse("text encoder", {"output_hidden_states": output_hidden_states})
         found = _compute(self._session, input_ids=input_ids)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=found["last_hidden_state"], pooler_output=found.get("pooler_output")
-        )
+        given: dict[str, Any] = {"last_hidden_state": found["last_hidden_state"]}
+        if output_hidden_states:
+            given["hidden_states"] = tuple(found[f"{_STATES}{i}"] for i in range(len(states)))
+        if "text_embeds" in found:
+            return CLIPTextModelOutput(text_embeds=found["text_embeds"], **given)
+        return BaseModelOutputWithPooling(pooler_output=found.get("pooler_output"), **given)
 
 
 class Unet(_OnHost):
@@ -55,6 +81,9 @@ class Unet(_OnHost):
         self._session = session
         self._timestep = session.inputs["timestep"]
         self.config = _config(UNet2DConditionModel, config)
+        # XL's pipelines look up here how wide the embedding of sizes and prompt is.
+        width = self.config["projection_class_embeddings_input_dim"]
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     def __call__(
         self,
@@ -62,13 +91,15 @@ class Unet(_OnHost):
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
         timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
         """One denoising step: ``sample`` ``[B, C, H, W]`` to the predicted noise.
 
         ``timestep_cond`` is ``[B, G]``, the embedded scale of guidance, for a latent consistency
-        model.
+        model; ``added_cond_kwargs`` are XL's ``text_embeds`` ``[B, P]`` and ``time_ids``
+        ``[B, 6]``, or ``[B, 5]`` for its refiner.
         """
         _refuse("unet", others)
         given = {
@@ -76,6 +107,7 @@ class Unet(_OnHost):
             "timestep": self._time(timestep, sample.shape[0]),
             "encoder_hidden_states": encoder_hidden_states,
             "timestep_cond": timestep_cond,
+            **(added_cond_kwargs or {}),
         }
         feeds = {name: tensor for name, tensor in given.items() if tensor is not None}
         out = _compute(self._session, **feeds)["out_sample"]
@@ -102,6 +134,10 @@ class Vae(_OnHost):
         self._decoder = decoder
         self._encoder = encoder
         self.config = _config(AutoencoderKL, config)
+
+    def to(self, *_: object, **__: object) -> Vae:
+        """Itself: XL's pipelines move a VAE to float32, in which all of this speaks already."""
+        return self
 
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: object = None

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from sdopt import datafile
 from sdopt.bundle import Bundle
+from sdopt.errors import UsageError
 from sdopt.report import Progress, part
 from sdopt.runtime.pipeline import assemble, runner_of
 from sdopt.runtime.request import Request, check_numbers, check_runner, image_size, start_image
-from sdopt.runtime.session import Opener, choose_stages, digest_of, opener
+from sdopt.runtime.session import REFINER, Opener, choose_stages, digest_of, opener
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +114,12 @@ def generate(
     """
     check_numbers(prompts, steps, seed, count, batch)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    check_runner(runner_of(opened), negative, str(opened.path))
+    runner, where = runner_of(opened), str(opened.path)
+    check_runner(runner, negative, where)
+    if image is None and opened.manifest.family == REFINER:
+        raise UsageError(
+            "this model refines an image, and was given none", where=where, hint="--image FILE"
+        )
     start = start_image(image, strength, steps) if image is not None else None
     chosen = opener(target) if isinstance(target, str) else target
     stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
 from sdopt.runtime.runners import RUNNERS, Runner
 from sdopt.runtime.scheduled import open_stage
-from sdopt.runtime.session import Opener, choose_stages, opener
+from sdopt.runtime.session import REFINER, Opener, choose_stages, opener
 
 INDEX, WHAT_INDEX = "model_index.json", "which pipeline this is"
 
@@ -31,8 +32,8 @@ def load_pipeline(
 ) -> Any:
     """A diffusers pipeline whose models are sessions on a bundle's graphs.
 
-    A bundle for inpainting is behind ``StableDiffusionInpaintPipeline``, which wants an image and
-    a mask.
+    A bundle for inpainting is behind the family's inpainting pipeline, which wants an image and a
+    mask; XL's refiner is always behind the one from images to images.
 
     Args:
         bundle: the bundle or its directory.
@@ -49,7 +50,7 @@ def load_pipeline(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = opener(target)
-    image_to_image |= runner_of(opened).mask
+    image_to_image |= runner_of(opened).mask or opened.manifest.family == REFINER
     stages = choose_stages(opened, chosen, stage, image_to_image=image_to_image)
     return assemble(
         opened,
@@ -71,7 +72,8 @@ def assemble(
     device: str | None = None,
 ) -> Any:
     """The pipeline over those stages; see ``load_pipeline``."""
-    cls = _pipeline_class(runner_of(bundle).class_name(image_to_image))
+    runner = runner_of(bundle)
+    cls = _pipeline_class(runner.class_name(image_to_image))
     from sdopt.runtime import schedulers
     from sdopt.runtime.components import TextEncoder, Unet, Vae
 
@@ -82,7 +84,7 @@ def assemble(
         if scheduler
         else schedulers.of_class(index["scheduler"][1], config, str(bundle.path))
     )
-    tokenizer = _tokenizer(bundle, index)
+    tokenizers = _tokenizers(bundle, index, runner, stages)
     devices = targets_for(target, device) if device is not None else [target]
     sessions = {name: open_stage(devices[0], stage.path) for name, stage in stages.items()}
     halves = [sessions["unet"], *(open_stage(d, stages["unet"].path) for d in devices[1:])]
@@ -91,13 +93,19 @@ def assemble(
         vae=Vae(
             sessions["vae_decoder"], sessions.get("vae_encoder"), bundle.config("vae_decoder")
         ),
-        text_encoder=TextEncoder(sessions["text_encoder"], bundle.config("text_encoder")),
-        tokenizer=tokenizer,
         unet=Unet(unet, bundle.config("unet")),
         scheduler=steps,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **{
+            name: TextEncoder(sessions[name], bundle.config(name)) if name in sessions else None
+            for name in runner.encoders
+        },
+        **tokenizers,
+        **runner.given,
+        **{
+            name: index[name]
+            for name in runner.kept
+            if name in index and name in inspect.signature(cls.__init__).parameters
+        },
     )
 
 
@@ -154,14 +162,25 @@ def _read(bundle: Bundle, name: str, what: str) -> dict[str, Any]:
     return data
 
 
-def _tokenizer(bundle: Bundle, index: dict[str, Any]) -> Any:
+def _tokenizers(
+    bundle: Bundle, index: dict[str, Any], runner: Runner, stages: Mapping[str, Stage]
+) -> dict[str, Any]:
+    """A tokenizer for each text encoder, by the pipeline's names; None where there is none."""
+    names = {name: name.replace("text_encoder", "tokenizer") for name in runner.encoders}
+    return {
+        tokenizer: _tokenizer(bundle, index, tokenizer) if encoder in stages else None
+        for encoder, tokenizer in names.items()
+    }
+
+
+def _tokenizer(bundle: Bundle, index: dict[str, Any], part: str) -> Any:
     transformers = importlib.import_module("transformers")
-    folder = bundle.path / "tokenizer"
-    _, name = index.get("tokenizer") or (None, None)
+    folder = bundle.path / part
+    _, name = index.get(part) or (None, None)
     cls = getattr(transformers, str(name), None)
     if cls is None or not folder.is_dir():
         raise BundleError(
-            "this bundle has no tokenizer that can be loaded",
+            f"this bundle has no {part} that can be loaded",
             where=str(folder),
             why=f"model_index.json names {name}",
             hint="export again from a whole diffusers folder: sdopt export SOURCE -o BUNDLE",

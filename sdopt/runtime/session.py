@@ -14,11 +14,17 @@ from sdopt.session import Session
 
 PURPOSE = {
     "text_encoder": "it turns the prompts into numbers",
+    "text_encoder_2": "it turns the prompts into numbers, too",
     "unet": "it denoises",
     "vae_encoder": "image-to-image encodes the start image with it",
     "vae_decoder": "it turns the result into pixels",
 }
 """The components that running needs, and what for."""
+
+REFINER = "sdxl_refiner"
+_WITHOUT: Mapping[str, tuple[str, ...]] = {"sdxl": (), REFINER: ("text_encoder",)}
+_WITHOUT_BY_DEFAULT = ("text_encoder_2",)
+"""The components that a family does not have."""
 
 
 class Opener(Protocol):
@@ -59,7 +65,10 @@ def choose_stages(
         BundleError: a component is missing; says what it is for and how to export it.
         UnknownNameError: no component has the stage.
     """
-    needed = [name for name in PURPOSE if image_to_image or name != "vae_encoder"]
+    without = _WITHOUT.get(bundle.manifest.family, _WITHOUT_BY_DEFAULT)
+    if not image_to_image:
+        without = (*without, "vae_encoder")
+    needed = [name for name in PURPOSE if name not in without]
     for name in needed:
         if name not in bundle.components or not bundle.stages(name):
             raise BundleError(

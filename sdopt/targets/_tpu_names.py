@@ -33,13 +33,17 @@ _FILES = {
 def file_of(family: str, role: Role, component: str) -> str:
     """The file of a component: ``sdv15_unet_multisize.bmodel``."""
     _, word = _FILES.get(role, ("", component))
-    return f"{_FAMILIES.get(family, family)}_{word}.bmodel".lstrip("_")
+    return f"{_FAMILIES.get(family, family)}_{word}{_second(component)}.bmodel".lstrip("_")
 
 
 def network_of(family: str, role: Role, component: str) -> str:
     """The name of a component's network in its file: ``sdv15_unet``."""
     word, _ = _FILES.get(role, (component, ""))
-    return f"{_FAMILIES.get(family, family)}_{word}".lstrip("_")
+    return f"{_FAMILIES.get(family, family)}_{word}{_second(component)}".lstrip("_")
+
+
+def _second(component: str) -> str:
+    return "_2" if component == "text_encoder_2" else ""
 
 
 def quantize_of(role: Role, dtype: str) -> str:

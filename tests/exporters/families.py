@@ -9,14 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdopt.report import Report
 from sdopt.session import Session
 from tests.exporters import tiny
 
 Tensors = Mapping[str, torch.Tensor]
+
+ADDED = {"text_embeds": 16, "time_ids": 6}
+"""What XL's UNet takes beside the others, and how wide it is in the tiny one."""
 
 FP32, FP16 = 5e-6, 5e-3
 """The greatest relative L2 distance from PyTorch, by dtype."""
@@ -41,17 +52,26 @@ def reference(folder: Path, component: str) -> Callable[[Tensors], Tensors]:
         return lambda feeds: {
             "latent_parameters": vae.encode(feeds["sample"]).latent_dist.parameters
         }
-    text = CLIPTextModel.from_pretrained(folder / component).eval()
-    return lambda feeds: _text(text(feeds["input_ids"]))
+    cls: Any = CLIPTextModelWithProjection if component[-1] == "2" else CLIPTextModel
+    text = cls.from_pretrained(folder / component).eval()
+    every = (folder / "text_encoder_2").is_dir()
+    return lambda feeds: _text(text(feeds["input_ids"], output_hidden_states=every))
 
 
 def _unet(model: UNet2DConditionModel, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
-    result: torch.Tensor = model(**feeds).sample
+    added = {name: feeds.pop(name) for name in ADDED if name in feeds}
+    result: torch.Tensor = model(**feeds, added_cond_kwargs=added).sample
     return result
 
 
 def _text(found: Any) -> Tensors:
-    return {"last_hidden_state": found.last_hidden_state, "pooler_output": found.pooler_output}
+    pooled = "text_embeds" if "text_embeds" in found else "pooler_output"
+    states = found.hidden_states or ()
+    return {
+        "last_hidden_state": found.last_hidden_state,
+        pooled: found[pooled],
+        **{f"hidden_states.{i}": state for i, state in enumerate(states)},
+    }
 
 
 def check(
@@ -100,6 +120,8 @@ def feeds_of(component: str, size: tuple[int, int], seed: int, **dims: int) -> T
         ids[:, 1 + seed] = tiny.VOCABULARY - 1
         return {"input_ids": ids}
     more = {name: noise(width) for name, width in dims.items() if name not in _UNET}
+    if "time_ids" in more:  # sizes in pixels
+        more["time_ids"] = (more["time_ids"].abs() * 800).round()
     return {
         "sample": noise(dims.get("channels", 4), height, width),
         "timestep": torch.tensor(float(seed * 977 % 1000)),
@@ -178,6 +200,55 @@ def sd1(cls: Any, folder: Path, scratch: Path, scheduler: Any, **options: Any) -
     encoder = tiny._scramble(CLIPTextModel(text_config(hidden_act="quick_gelu")), 3)
     parts = _parts(scratch)
     save(cls(unet=unet(**options), scheduler=scheduler, text_encoder=encoder, **parts), folder)
+
+
+def sdxl(folder: Path, scratch: Path) -> None:
+    """Write a pipeline shaped as Stable Diffusion XL's base."""
+    first = CLIPTextModel(text_config(hidden_act="quick_gelu"))
+    parts = {
+        "text_encoder": tiny._scramble(first, 3),
+        "tokenizer": tiny.tokenizer(scratch / "1"),
+        **_xl_parts(scratch),
+    }
+    save(StableDiffusionXLPipeline(unet=_xl_unet(40, 6), **parts), folder)
+
+
+def refiner(folder: Path, scratch: Path) -> None:
+    """Write a pipeline shaped as Stable Diffusion XL's refiner: one encoder, five numbers."""
+    parts = {"text_encoder": None, "tokenizer": None, **_xl_parts(scratch)}
+    unet = _xl_unet(16, 5)
+    save(
+        StableDiffusionXLImg2ImgPipeline(unet=unet, requires_aesthetics_score=True, **parts),
+        folder,
+    )
+
+
+def _xl_parts(scratch: Path) -> dict[str, Any]:
+    second = text_config(hidden_act="gelu", hidden_size=16, num_attention_heads=2)
+    second.num_hidden_layers, second.projection_dim = 3, 16
+    return {
+        "vae": tiny.vae(),
+        "text_encoder_2": tiny._scramble(CLIPTextModelWithProjection(second), 4),
+        "tokenizer_2": tiny.tokenizer(scratch / "2"),
+        "scheduler": EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+        ),
+        "add_watermarker": False,
+    }
+
+
+def _xl_unet(states: int, numbers: int) -> UNet2DConditionModel:
+    return unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=states,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 8 * numbers,
+    )
 
 
 def _parts(scratch: Path) -> dict[str, Any]:

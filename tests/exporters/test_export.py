@@ -25,11 +25,12 @@ from sdopt.errors import SourceError, WeightsError
 from sdopt.exporters import DiffusersSource, Exported, trace
 from sdopt.exporters.binding import bind, match
 from sdopt.exporters.checkpoint import Checkpoint
-from sdopt.exporters.components import COMPONENTS
+from sdopt.exporters.components import COMPONENTS, FAMILIES
 from tests.exporters import tiny
 from tests.exporters.conftest import Session, inlined, link_tree, run
 
 Get = Callable[[str], Exported]
+NAMES = [component.name for component in FAMILIES["sd"].components]
 TOLERANCE = 5e-6  # relative L2, fp32
 
 _EDGES = {(h, 8 + i) for i, h in enumerate(range(8, 25))} | {(h, 24) for h in range(8, 25)}
@@ -117,7 +118,7 @@ def test_text_encoder_with_the_old_end_token(tmp_path: Path) -> None:
     check_text(run(exported.model), model, tiny.VOCABULARY - 1)
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_interface_is_that_of_the_table(exported: Get, name: str) -> None:
     model, component = exported(name).model, COMPONENTS[name].of(exported(name).config)
     assert model.opset_imports == {"": 23}
@@ -146,7 +147,7 @@ def test_interface_is_that_of_the_table(exported: Get, name: str) -> None:
             assert not re.search(r"\bs\d+\b", str(value.shape)), value
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_checker_takes_it(exported: Get, name: str) -> None:
     model = exported(name).model
     onnx.checker.check_model(inlined(model))
@@ -155,7 +156,7 @@ def test_the_checker_takes_it(exported: Get, name: str) -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_is_a_range_of_the_checkpoint(
     exported: Get, exported_fp16: Get, pipeline: Path, pipeline_fp16: Path, name: str
 ) -> None:
@@ -181,7 +182,7 @@ def test_every_weight_is_a_range_of_the_checkpoint(
 
 
 def test_fp16_graphs(exported_fp16: Get, pipeline_fp16: Path) -> None:
-    for name in COMPONENTS:
+    for name in NAMES:
         result = exported_fp16(name)
         assert result.dtype == "fp16"
         outputs = {value.dtype for value in result.model.graph.outputs}
@@ -237,7 +238,7 @@ def test_module_paths(exported: Get) -> None:
     assert attentions[0] == "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     assert attentions[1] == "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     assert len(attentions) == 32
-    for name in COMPONENTS:
+    for name in NAMES:
         for node in exported(name).model.graph:
             assert set(node.metadata_props) <= {graph.MODULE_KEY}
             assert not node.doc_string
@@ -262,7 +263,7 @@ def test_canonical_operators(exported: Get) -> None:
 
 
 def test_no_component_needs_torchs_decomposition(exported: Get, lowered: list[bool]) -> None:
-    for name in COMPONENTS:
+    for name in NAMES:
         exported(name)
     assert lowered == [True] * 4
 

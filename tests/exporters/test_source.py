@@ -127,7 +127,7 @@ def test_fingerprints(pipeline: Path, pipeline_fp16: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusion3Pipeline", None]
+    "name", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionUpscalePipeline", None]
 )
 def test_other_families_are_refused(copy: Path, name: str | None) -> None:
     edit(copy / "model_index.json", _class_name=name)
@@ -141,7 +141,7 @@ def test_other_families_are_refused(copy: Path, name: str | None) -> None:
 @pytest.mark.parametrize(
     ("folder", "changes", "words"),
     [
-        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ("unet", {"addition_embed_type": "image"}, "addition_embed_type"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("unet", {"cross_attention_dim": [8, 8]}, "cross_attention_dim"),
         ("unet", {"_class_name": "FluxTransformer2DModel"}, "not a UNet2DConditionModel"),
