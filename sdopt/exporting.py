@@ -29,15 +29,7 @@ def export(
     in_place: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Export a diffusers folder or Hugging Face Hub id to a bundle.
-
-    Args:
-        source: a folder, or ``org/name``.
-        output: the bundle's directory; with ``in_place`` it is the source folder itself.
-        components: which ones; all that the source has by default.
-        dtype: ``fp32``, ``fp16`` or ``bf16``; the checkpoint's by default.
-        in_place: write only the graphs, beside the checkpoint, pointing into its files.
-        progress: is told what is being done.
+    """Export a diffusers folder or Hugging Face Hub id to a bundle; see ``sdopt.api.export``.
 
     Raises:
         SourceError, WeightsError, BundleError, StorageError: what was there before is whole.

@@ -35,7 +35,7 @@ class Hoist(Pass):
     ``sample``, as the time embedding does, the companion takes that size as an input.
 
     What to expect: little. It moves 0.38 % of the operations of an SD1.5 step at 64x64; a step was
-    4 % shorter at best on an H200 (7.81 to 7.48 ms), and took 0.94 to 0.97 of its time on a CPU.
+    4 % shorter at best for a prototype on an H200, and took 0.94 to 0.97 of its time on a CPU.
 
     Numerics: exact; the same nodes compute the same shapes, elsewhere.
 
