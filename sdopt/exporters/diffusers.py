@@ -22,6 +22,13 @@ from sdopt.exporters.components import (
     Component,
     supported,
 )
+from sdopt.exporters.recognition import (
+    check_config,
+    check_pipeline,
+    family_name,
+    listed,
+    read_json,
+)
 from sdopt.exporters.tokenizer import SharedFile, tokenizer_files
 from sdopt.passes.base import Role
 from sdopt.spec import suggest
@@ -34,15 +41,6 @@ DTYPES: Mapping[str, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
-_PLAIN_UNET = {
-    "attention_type": "default",
-    "class_embed_type": None,
-    "encoder_hid_dim_type": None,
-    "num_class_embeds": None,
-}
-"""Options of UNet2DConditionModel whose inputs the table lacks, at their off value."""
-
-_SECOND = "CLIPTextModelWithProjection"
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -81,8 +79,8 @@ class DiffusersSource:
         self.index: dict[str, Any] = {}
         if (path := self.folder / "model_index.json").is_file():
             self.index = read_json(path)
-            self._check_pipeline()
-        self._family = FAMILIES[self._family_name()]
+            check_pipeline(self.index, self.folder)
+        self._family = FAMILIES[family_name(self.folder, self.index)]
         self._configs = {
             component.name: (home, config)
             for component in self._family.components
@@ -103,7 +101,7 @@ class DiffusersSource:
     def family(self) -> str:
         """``sdxl``, ``sdxl_refiner``, ``sd1``, or ``sd2``, whose text encoder is OpenCLIP's."""
         if self._family is FAMILIES["sdxl"]:
-            alone = bool(self.index) and not _listed(self.index, "text_encoder")
+            alone = bool(self.index) and not listed(self.index, "text_encoder")
             return "sdxl_refiner" if alone else "sdxl"
         _, encoder = self._configs.get("text_encoder", (None, {}))
         _, unet = self._configs.get("unet", (None, {}))
@@ -113,7 +111,7 @@ class DiffusersSource:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about what is not exported."""
-        left = [name for name in _LEFT_OUT if _listed(self.index, name)]
+        left = [name for name in _LEFT_OUT if listed(self.index, name)]
         if not left:
             return ()
         return (f"{', '.join(left)} left out: a bundle makes images without checking them",)
@@ -197,16 +195,6 @@ class DiffusersSource:
     def _table(self) -> dict[str, Component]:
         return {component.name: component for component in self._family.components}
 
-    def _family_name(self) -> str:
-        """By the index's class; without an index, by what only XL has."""
-        if name := self.index.get("_class_name"):
-            return next(key for key, one in FAMILIES.items() if name in one.pipelines)
-        paths = [self.folder / place / "config.json" for place in ("unet", "text_encoder_2", "")]
-        configs = [read_json(path) for path in paths if path.is_file()]
-        text_time = any(one.get("addition_embed_type") == "text_time" for one in configs)
-        second = any(one.get("architectures") == [_SECOND] for one in configs)
-        return "sdxl" if text_time or second else "sd"
-
     def _component(self, name: str) -> tuple[Path, dict[str, Any]]:
         if name not in COMPONENTS:
             raise UnknownNameError(f"no component {name!r}", hint=suggest(name, COMPONENTS))
@@ -236,7 +224,7 @@ class DiffusersSource:
         architectures = config.get("architectures") or [None]
         found = config.get("_class_name") or architectures[0]
         if found == component.class_name:
-            self._check_config(component, folder, config)
+            check_config(component, folder, config)
             return True
         if folder == self.folder:
             return False
@@ -245,54 +233,3 @@ class DiffusersSource:
             where=str(folder / "config.json"),
             hint=supported(),
         )
-
-    def _check_pipeline(self) -> None:
-        name = self.index.get("_class_name")
-        if not any(name in family.pipelines for family in FAMILIES.values()):
-            raise SourceError(
-                f"the pipeline {name} is not supported",
-                where=str(self.folder / "model_index.json"),
-                hint=supported(),
-            )
-
-    def _check_config(self, component: Component, folder: Path, config: dict[str, Any]) -> None:
-        if component.role is not Role.DENOISER:
-            return
-        reasons = [
-            f"{key} is {config[key]!r}"
-            for key, off in _PLAIN_UNET.items()
-            if config.get(key, off) != off
-        ]
-        if (added := config.get("addition_embed_type")) not in (None, "text_time"):
-            reasons.append(f"addition_embed_type is {added!r}")
-        if not isinstance(config.get("cross_attention_dim", 1280), int):
-            reasons.append("cross_attention_dim is no single number")
-        if reasons:
-            raise SourceError(
-                "this UNet takes inputs that are not supported",
-                where=str(folder / "config.json"),
-                why="; ".join(reasons),
-                hint=supported(),
-            )
-
-
-def _listed(index: Mapping[str, Any], name: str) -> bool:
-    entry = index.get(name)
-    return isinstance(entry, list) and any(entry)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a table.
-
-    Raises:
-        SourceError: it cannot be read or holds something else.
-    """
-    try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(
-            "a configuration file cannot be read", where=str(path), why=str(error)
-        ) from error
-    if not isinstance(table, dict):
-        raise SourceError("a configuration file holds no table", where=str(path))
-    return table
