@@ -10,6 +10,8 @@ import numpy as np
 
 from sdopt.errors import MissingDependencyError, SourceError, UnknownNameError, UsageError
 from sdopt.exporters.components import COMPONENTS
+from sdopt.exporters.recognition import read_json
+from sdopt.passes.base import Role
 from sdopt.runtime.quiet import quiet
 from sdopt.spec import suggest
 
@@ -43,9 +45,9 @@ def module(folder: Path, name: str) -> Compute:
         )
     try:
         with quiet():
+            import diffusers
             import torch
-            from diffusers import AutoencoderKL, UNet2DConditionModel
-            from transformers import CLIPTextModel, CLIPTextModelWithProjection
+            import transformers
     except ImportError as error:
         raise MissingDependencyError(
             "the PyTorch reference needs torch, diffusers and transformers",
@@ -53,19 +55,18 @@ def module(folder: Path, name: str) -> Compute:
             hint='pip install "sdopt[export]"',
         ) from error
     component = COMPONENTS[name]
-    classes: dict[str, Any] = {
-        "AutoencoderKL": AutoencoderKL,
-        "UNet2DConditionModel": UNet2DConditionModel,
-        "CLIPTextModel": CLIPTextModel,
-        "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-    }
     place = folder / component.folder
+    config = read_json(place / "config.json")
+    class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    if (class_name, component.role) not in _CALLS:
+        raise SourceError(f"{name} is a {class_name}, which is not known", where=str(place))
+    classes: Any = diffusers if "_class_name" in config else transformers
     plain = any(
         not path.name.endswith(".fp16.safetensors") for path in place.glob("*.safetensors")
     )
     try:
         with quiet():
-            network = classes[component.class_name].from_pretrained(
+            network = getattr(classes, str(class_name)).from_pretrained(
                 place, use_safetensors=True, variant=None if plain else "fp16"
             )
     except (OSError, ValueError) as error:
@@ -75,7 +76,7 @@ def module(folder: Path, name: str) -> Compute:
     network = network.float().eval()
     # The first of two text encoders gives what the second does.
     two = name == "text_encoder" and (folder / "text_encoder_2").is_dir()
-    call = _CALLS["text_encoder_2" if two else name]
+    call = _text_encoder_of_xl if two else _CALLS[str(class_name), component.role]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = {
@@ -112,6 +113,14 @@ def _text_encoder_of_xl(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any
     return {pooled: found[pooled], "last_hidden_state": found.last_hidden_state, **states}
 
 
+def _text_encoder_of_t5(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return {"last_hidden_state": network(input_ids=feeds["input_ids"])[0]}
+
+
+def _transformer(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return {"out_hidden_states": network(**feeds, return_dict=False)[0]}
+
+
 def _unet(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(feeds)
     added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
@@ -126,10 +135,13 @@ def _vae_decoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     return {"sample": network.decode(feeds["latent_sample"], return_dict=False)[0]}
 
 
-_CALLS: Mapping[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
-    "text_encoder": _text_encoder,
-    "text_encoder_2": _text_encoder_of_xl,
-    "unet": _unet,
-    "vae_encoder": _vae_encoder,
-    "vae_decoder": _vae_decoder,
+_Call = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+_CALLS: Mapping[tuple[str, Role], _Call] = {
+    ("CLIPTextModel", Role.TEXT_ENCODER): _text_encoder,
+    ("CLIPTextModelWithProjection", Role.TEXT_ENCODER): _text_encoder_of_xl,
+    ("T5EncoderModel", Role.TEXT_ENCODER): _text_encoder_of_t5,
+    ("UNet2DConditionModel", Role.DENOISER): _unet,
+    ("SD3Transformer2DModel", Role.DENOISER): _transformer,
+    ("AutoencoderKL", Role.VAE_ENCODER): _vae_encoder,
+    ("AutoencoderKL", Role.VAE_DECODER): _vae_decoder,
 }

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from sdopt import weights
 from sdopt.errors import SourceError
 from sdopt.exporters.checkpoint import Checkpoint
-from sdopt.exporters.modules import BUFFERS
+from sdopt.exporters.network import BUFFERS
 from sdopt.graph import MODULE_KEY
 
 _TEXT = "text_model."

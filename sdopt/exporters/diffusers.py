@@ -19,9 +19,9 @@ from sdopt.exporters.components import (
     FAMILIES,
     SHARED,
     TOKENIZERS,
-    Component,
     supported,
 )
+from sdopt.exporters.ports import Component
 from sdopt.exporters.recognition import (
     check_config,
     check_pipeline,
@@ -99,7 +99,9 @@ class DiffusersSource:
 
     @property
     def family(self) -> str:
-        """``sdxl``, ``sdxl_refiner``, ``sd1``, or ``sd2``, whose text encoder is OpenCLIP's."""
+        """``sd3``, ``sdxl``, ``sdxl_refiner``, ``sd1``, or ``sd2``: with OpenCLIP's encoder."""
+        if self._family is FAMILIES["sd3"]:
+            return "sd3"
         if self._family is FAMILIES["sdxl"]:
             alone = bool(self.index) and not listed(self.index, "text_encoder")
             return "sdxl_refiner" if alone else "sdxl"

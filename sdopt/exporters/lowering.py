@@ -20,19 +20,28 @@ aten = torch.ops.aten
 _CASTS = {aten.to.device: 2, aten.to.dtype: 1, aten.to.dtype_layout: 1}
 """Spellings of a cast to the position of the dtype among their arguments."""
 
+_RENAMED = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.concat.default: aten.cat.default,
+    aten.min.other: aten.minimum.default,
+}
+"""Spellings of an operator to the one that has an ONNX function."""
+
 _COMPOSITE = frozenset(
     {
         aten._assert_tensor_metadata.default,
         aten.chunk.default,
-        aten.concat.default,
         aten.contiguous.default,
         aten.dropout.default,
+        aten.einsum.default,
         *_CASTS,
+        *_RENAMED,
     }
 )
 DIRECT = _COMPOSITE | frozenset(
     {
         aten._to_copy.default,
+        aten.abs.default,
         aten.add.Tensor,
         aten.arange.default,
         aten.arange.start,
@@ -46,27 +55,35 @@ DIRECT = _COMPOSITE | frozenset(
         aten.exp.default,
         aten.expand.default,
         aten.flatten.using_ints,
+        aten.full_like.default,
         aten.gelu.default,
         aten.group_norm.default,
+        aten.gt.Scalar,
         aten.index.Tensor,
         aten.layer_norm.default,
         aten.le.Tensor,
         aten.linear.default,
+        aten.log.default,
+        aten.lt.Scalar,
+        aten.minimum.default,
         aten.mul.Tensor,
         aten.pad.default,
         aten.permute.default,
         aten.reshape.default,
+        aten.rms_norm.default,
         aten.scaled_dot_product_attention.default,
         aten.sigmoid.default,
         aten.silu.default,
         aten.sin.default,
         aten.slice.Tensor,
         aten.split.Tensor,
+        aten.sub.Tensor,
         aten.sym_size.int,
         aten.transpose.int,
         aten.unsqueeze.default,
         aten.upsample_nearest2d.vec,
         aten.view.default,
+        aten.where.self,
         operator.add,
         operator.floordiv,
         operator.getitem,
@@ -88,8 +105,8 @@ def lower(program: ExportedProgram) -> bool:
             graph.erase_node(node)
         elif node.target in (aten.contiguous.default, aten.dropout.default):
             _forward(graph, node)
-        elif node.target is aten.concat.default:
-            node.target = aten.cat.default
+        elif node.target in _RENAMED:
+            node.target = _RENAMED[node.target]
         elif (position := _CASTS.get(node.target)) is not None:
             given = len(node.args) > position
             dtype = node.args[position] if given else node.kwargs["dtype"]
@@ -98,6 +115,10 @@ def lower(program: ExportedProgram) -> bool:
             else:
                 node.target = aten._to_copy.default
                 node.args, node.kwargs = node.args[:1], {"dtype": dtype}
+        elif node.target is aten.einsum.default:
+            axes = _permutation(*node.args[:2])
+            node.target, node.args = aten.permute.default, (node.args[1][0], axes)
+            node.kwargs = {}
         elif node.target is aten.chunk.default:
             source, chunks, dim = (*node.args, 0)[:3]
             size = source.meta["val"].shape[dim]
@@ -116,13 +137,26 @@ def _already_lowered(program: ExportedProgram) -> Callable[..., ExportedProgram]
 
 
 def _needs_decomposing(node: Any) -> bool:
-    """Whether the node is a dropout that is on, or splits a size that is not known yet."""
+    """Whether the node is a dropout that is on, a real product of an einsum, or an odd split."""
     if node.target is aten.dropout.default:
         return bool(node.args[2])
+    if node.target is aten.add_.Tensor:
+        # Into a value of its own that nobody else reads, it is a plain sum.
+        return len(node.args[0].users) > 1 or node.args[0].target is not aten.add.Tensor
+    if node.target is aten.einsum.default:
+        return _permutation(*node.args[:2]) is None
     if node.target is aten.chunk.default:
         dim = node.args[2] if len(node.args) > 2 else 0
         return not isinstance(node.args[0].meta["val"].shape[dim], int)
     return False
+
+
+def _permutation(equation: str, operands: list[Any]) -> list[int] | None:
+    """The axes of an einsum that only reorders those of its one operand, else None."""
+    before, _, after = equation.replace(" ", "").partition("->")
+    if len(operands) != 1 or "." in before or len(set(before)) != len(before):
+        return None
+    return [before.index(letter) for letter in after] if sorted(before) == sorted(after) else None
 
 
 def _forward(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

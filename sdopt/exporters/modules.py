@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -15,40 +13,10 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdopt.errors import SourceError
-from sdopt.exporters.components import Component
-
-Config = Mapping[str, Any]
-
-BUFFERS: Mapping[str, Callable[[tuple[int, ...]], np.ndarray]] = {
-    "position_ids": lambda shape: np.arange(shape[-1], dtype=np.int64).reshape(shape),
-}
-"""Values of buffers that no checkpoint holds, by last name: under fake mode torch knows none."""
-
-
-class Network(torch.nn.Module):
-    """A network that takes and returns its component's ports in order.
-
-    Attributes:
-        prefix: what its parameters' names carry beyond their names in a checkpoint.
-        config: the whole configuration, defaults filled in.
-        mode: the mode under which its parameters have shapes but no values.
-    """
-
-    prefix = ""
-    config: Config
-    mode: FakeTensorMode
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight that a checkpoint must hold, by its name there."""
-        state = self.state_dict()
-        return {name.removeprefix(self.prefix): tuple(t.shape) for name, t in state.items()}
-
-    def tied(self) -> list[tuple[str, ...]]:
-        """The names of parameters that are one and the same tensor, in groups."""
-        groups: dict[int, list[str]] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name.removeprefix(self.prefix))
-        return [tuple(names) for names in groups.values() if len(names) > 1]
+from sdopt.exporters.network import Config, Network
+from sdopt.exporters.ports import Component
+from sdopt.exporters.sd3 import TextEncoder3, Transformer
+from sdopt.passes.base import Role
 
 
 class TextEncoder(Network):
@@ -70,7 +38,7 @@ class TextEncoder(Network):
 
 
 class TextEncoder2(Network):
-    """CLIPTextModelWithProjection: XL's second text encoder, and the refiner's only one."""
+    """CLIPTextModelWithProjection: XL's second text encoder, the refiner's one, two of SD3's."""
 
     prefix = "model."
 
@@ -167,12 +135,14 @@ TORCH_DTYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
 
-_NETWORKS: Mapping[str, Callable[[Config], Network]] = {
-    "text_encoder": TextEncoder,
-    "text_encoder_2": TextEncoder2,
-    "unet": Unet,
-    "vae_encoder": VaeEncoder,
-    "vae_decoder": VaeDecoder,
+_NETWORKS: Mapping[tuple[str, Role], Callable[[Config], Network]] = {
+    ("CLIPTextModel", Role.TEXT_ENCODER): TextEncoder,
+    ("CLIPTextModelWithProjection", Role.TEXT_ENCODER): TextEncoder2,
+    ("T5EncoderModel", Role.TEXT_ENCODER): TextEncoder3,
+    ("UNet2DConditionModel", Role.DENOISER): Unet,
+    ("SD3Transformer2DModel", Role.DENOISER): Transformer,
+    ("AutoencoderKL", Role.VAE_ENCODER): VaeEncoder,
+    ("AutoencoderKL", Role.VAE_DECODER): VaeDecoder,
 }
 
 
@@ -189,7 +159,7 @@ def build(component: Component, config: Config, dtype: ir.DataType) -> Network:
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     try:
         with mode:
-            network = _NETWORKS[component.name](config)
+            network = _NETWORKS[component.class_name, component.role](config)
             if isinstance(network, TextEncoder):
                 network.every = any(port.each for port in component.outputs)
     except Exception as error:  # constructors and their validators raise anything

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.errors import SourceError
-from sdopt.exporters.components import FAMILIES, Component, supported
+from sdopt.exporters.components import FAMILIES, supported
+from sdopt.exporters.ports import Component
 from sdopt.passes.base import Role
 
 _PLAIN_UNET = {
@@ -20,17 +21,25 @@ _PLAIN_UNET = {
 """Options of UNet2DConditionModel whose inputs the table lacks, at their off value."""
 
 _SECOND = "CLIPTextModelWithProjection"
+_ONLY_SD3 = ("SD3Transformer2DModel", "T5EncoderModel")
 
 
 def family_name(folder: Path, index: Mapping[str, Any]) -> str:
-    """The key in ``FAMILIES``: by the index's class; without one, by what only XL has."""
+    """The key in ``FAMILIES``: by the index's class; without one, by what only some have."""
     if name := index.get("_class_name"):
         return next(key for key, one in FAMILIES.items() if name in one.pipelines)
-    paths = [folder / place / "config.json" for place in ("unet", "text_encoder_2", "")]
+    places = ("unet", "transformer", "text_encoder_2", "text_encoder_3", "")
+    paths = [folder / place / "config.json" for place in places]
     configs = [read_json(path) for path in paths if path.is_file()]
+    if any(_class_of(one) in _ONLY_SD3 for one in configs):
+        return "sd3"
     text_time = any(one.get("addition_embed_type") == "text_time" for one in configs)
-    second = any(one.get("architectures") == [_SECOND] for one in configs)
+    second = any(_class_of(one) == _SECOND for one in configs)
     return "sdxl" if text_time or second else "sd"
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
 
 
 def check_pipeline(index: Mapping[str, Any], folder: Path) -> None:

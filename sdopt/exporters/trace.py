@@ -16,9 +16,10 @@ import torch.onnx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sdopt.errors import SourceError
-from sdopt.exporters.components import Component, Port
 from sdopt.exporters.lowering import lower
-from sdopt.exporters.modules import TORCH_DTYPES, Network
+from sdopt.exporters.modules import TORCH_DTYPES
+from sdopt.exporters.network import Network
+from sdopt.exporters.ports import Component, Port
 from sdopt.graph import MODULE_KEY
 
 OPSET = 23

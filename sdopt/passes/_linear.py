@@ -10,6 +10,8 @@ from sdopt import graph
 
 _LAYOUT = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity", "Cast"})
 _SCALES = frozenset({"Mul", "Div"})
+_NORMS = frozenset({"RMSNormalization", "LayerNormalization"})
+"""Over the features of a head, between a projection and its attention (QK normalization)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Linear:
 
 
 def behind(value: ir.Value | None) -> Linear | ir.Value | None:
-    """The Linear that ``value`` is a relayout or a scaling of, else the value it stops at."""
+    """The Linear that ``value`` is made from by layout, scale and norm, else where it stops."""
     while value is not None:
         if (linear := match(value)) is not None:
             return linear
@@ -45,10 +47,19 @@ def behind(value: ir.Value | None) -> Linear | ir.Value | None:
         if node is None or node.domain not in ("", "ai.onnx"):
             return value
         scaled = node.op_type in _SCALES and graph.scalar(node.inputs[1]) is not None
-        if node.op_type not in _LAYOUT and not scaled:
+        if node.op_type not in _LAYOUT and node.op_type not in _NORMS and not scaled:
             return value
         value = node.inputs[0]
     return None
+
+
+def joined(value: ir.Value | None) -> list[Linear | ir.Value | None]:
+    """``behind`` each part of a value that is concatenated, in order; of another, just its own."""
+    found = behind(value)
+    concat = graph.producer(found, "Concat") if isinstance(found, ir.Value) else None
+    if concat is None:
+        return [found]
+    return [one for part in concat.inputs for one in joined(part)]
 
 
 def match(value: ir.Value) -> Linear | None:

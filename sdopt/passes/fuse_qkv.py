@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from sdopt import graph, weights
-from sdopt.passes._linear import Linear, behind
+from sdopt import graph
+from sdopt.passes._fused_linear import fuse, mismatch
+from sdopt.passes._linear import Linear, behind, joined
 from sdopt.passes.base import Numerics, Pass, PassContext
 
-SELF, CROSS = "self_attention_qkv", "cross_attention_kv"
+SELF, CROSS, JOINT = "self_attention_qkv", "cross_attention_kv", "joint_attention_qkv"
 OTHER = "other_projections"
 """Of an attention whose projections cannot be followed, so that nobody knows which it is."""
 
@@ -24,17 +26,19 @@ class FuseQkv(Pass):
     Before / After:
         MatMul(x, Transpose(Wq)), ...(Wk), ...(Wv)  ->  Split(MatMul(x, Transpose([Wq; Wk; Wv])))
         k and v of a cross-attention                ->  Split(MatMul(c, Transpose([Wk; Wv])))
+        a joint attention over image and prompt     ->  one MatMul for each of the two
 
     Applies when: the projections are MatMul (with or without a bias Add) of one input with a
-    weight initializer, in either layout. The fused weight is concatenated from the initializers
-    while it is written, so whatever was merged into them is in it.
+    weight initializer, in either layout; norms over a head may follow. The fused weight is
+    concatenated from the initializers while it is written, so whatever was merged into them is
+    in it.
 
     Numerics: reassociated (a wider MatMul may sum in another order).
 
     Options: none.
 
-    Counts: ``self_attention_qkv`` and ``cross_attention_kv``, one per attention;
-    ``other_projections`` where q, k and v cannot be followed to their projections.
+    Counts: ``self_attention_qkv``, ``cross_attention_kv`` and ``joint_attention_qkv``, one per
+    attention; ``other_projections`` where q, k and v cannot be followed to their projections.
 
     Example:
         sdopt optimize BUNDLE --passes clean,fuse_qkv --require self_attention_qkv=all
@@ -52,93 +56,71 @@ class FuseQkv(Pass):
 
 
 def _fuse_attention(node: ir.Node, order: dict[ir.Node, int], ctx: PassContext) -> None:
-    found = [behind(value) for value in node.inputs[:3]]
+    operands = [joined(value) for value in node.inputs[:3]]
+    if len({len(parts) for parts in operands}) > 1:
+        ctx.skip("q, k and v are concatenated from different numbers of parts", node, OTHER)
+        return
+    streams = list(zip(*operands, strict=True))
+    kind = None if len(streams) == 1 else JOINT
+    done = [_fuse_stream(found, node, kind, order, ctx) for found in streams]
+    if kind is not None and all(done):
+        ctx.already(kind) if Done.ALREADY in done else ctx.count(kind)
+
+
+class Done(enum.Enum):
+    """How the projections of one stream came to be fused."""
+
+    NOW = enum.auto()
+    ALREADY = enum.auto()
+
+
+def _fuse_stream(
+    found: Sequence[Linear | ir.Value | None],
+    node: ir.Node,
+    joint: str | None,
+    order: dict[ir.Node, int],
+    ctx: PassContext,
+) -> Done | None:
+    """Fuse the projections of one input of an attention; None where they stay.
+
+    An attention of one stream is counted here; one of several (``joint``) by its caller.
+    """
     fused = [_fused(one) for one in found]
     if fused[1] is not None and fused[1] is fused[2]:
-        ctx.already(SELF if fused[0] is fused[1] else CROSS)
-        return
+        if joint is None:
+            ctx.already(SELF if fused[0] is fused[1] else CROSS)
+        return Done.ALREADY
     linears = [one for one in found if isinstance(one, Linear)]
     if len(linears) < 3:
         which = [
             name for name, one in zip("qkv", found, strict=False) if not isinstance(one, Linear)
         ]
         names = " and ".join(which)
-        ctx.skip(f"{names} come from no linear projection of a weight", node, OTHER)
-        return
+        ctx.skip(f"{names} come from no linear projection of a weight", node, joint or OTHER)
+        return None
     q, k, v = linears
     if k.x is not v.x:
-        ctx.skip(f"{k.label} reads another input than {v.label}", node, OTHER)
-        return
+        ctx.skip(f"{k.label} reads another input than {v.label}", node, joint or OTHER)
+        return None
     kind = SELF if q.x is k.x else CROSS
-    if kind == SELF and (reason := _mismatch(linears)) is None:
-        _fuse(linears, "qkv", order, ctx)
-        ctx.count(SELF)
-    elif (reason := _mismatch([k, v])) is None:
-        if kind == CROSS:
-            ctx.count(CROSS)
-        else:
+    if kind == SELF and (reason := mismatch(linears)) is None:
+        fuse(linears, "qkv", order, ctx)
+    elif (reason := mismatch([k, v])) is None:
+        if kind == SELF:
             ctx.count("k, v of a self-attention")
-            ctx.skip(f"only k and v fused: {_mismatch(linears)}", node, SELF)
-        _fuse([k, v], "kv", order, ctx)
+            ctx.skip(f"only k and v fused: {mismatch(linears)}", node, joint or SELF)
+        fuse([k, v], "kv", order, ctx)
+        if kind == SELF:
+            return None
     else:
-        ctx.skip(reason, node, kind)
+        ctx.skip(reason, node, joint or kind)
+        return None
+    if joint is None:
+        ctx.count(kind)
+    return Done.NOW
 
 
 def _fused(one: Linear | ir.Value | None) -> ir.Node | None:
     """The Split that hands out a projection shared by several operands, or None."""
     split = graph.producer(one, "Split") if isinstance(one, ir.Value) else None
     return split if split is not None and isinstance(behind(split.inputs[0]), Linear) else None
-
-
-def _mismatch(linears: Sequence[Linear]) -> str | None:
-    """Why these projections of one input cannot be one MatMul, or None."""
-    first = linears[0]
-    if len({linear.matmul for linear in linears}) < len(linears):
-        return "two of the projections are one and the same node"
-    for other in linears[1:]:
-        if other.transposed != first.transposed:
-            return f"{other.label} stores its weight in another layout than {first.label}"
-        if other.weight.dtype != first.weight.dtype:
-            return f"{other.label} has another dtype than {first.label}"
-    return None
-
-
-def _fuse(
-    linears: Sequence[Linear], word: str, order: dict[ir.Node, int], ctx: PassContext
-) -> None:
-    anchor = min((linear.matmul for linear in linears), key=order.__getitem__)
-    first = linears[0]
-    base = _fused_name([linear.weight_value.name or "" for linear in linears], word)
-    emit = ctx.emitter(anchor, base)
-    emit.module = base
-    tensors = [linear.weight for linear in linears]
-    axis = 0 if first.transposed else 1
-    weight = emit.weight(weights.concat(tensors, axis), "weight")
-    if first.transposed:
-        weight = emit("Transpose", weight, perm=[1, 0])
-    fused = emit("MatMul", first.x, weight)
-    sizes = [linear.out_features for linear in linears]
-    if any(linear.bias is not None for linear in linears):
-        biases = [
-            linear.bias or weights.full([size], 0.0, first.weight.dtype)
-            for linear, size in zip(linears, sizes, strict=True)
-        ]
-        fused = emit("Add", fused, emit.weight(weights.concat(biases), "bias"))
-    fused.dtype = first.weight.dtype
-    parts = emit.many("Split", fused, emit.const(sizes), outputs=len(sizes), axis=-1)
-    for linear, part in zip(linears, parts, strict=True):
-        part.type, part.shape = linear.out.type, linear.out.shape
-        graph.replace_uses(linear.out, part)
-    graph.remove_dead([node for linear in linears for node in linear.nodes])
-
-
-def _fused_name(names: Sequence[str], word: str) -> str:
-    """``a.to_q.weight``, ``a.to_k.weight``, ... to ``a.to_qkv``; ``q_proj`` to ``qkv_proj``."""
-    parts = [name.split(".") for name in names]
-    last = parts[-1]
-    depth = next(
-        (i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0
-    )
-    stem = last[depth]
-    renamed = f"{word}_proj" if stem.endswith("_proj") else f"to_{word}"
-    return ".".join([*last[:depth], renamed])

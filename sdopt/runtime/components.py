@@ -7,18 +7,18 @@ are in; a session casts where its graph is in half precision.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, T5Config
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
@@ -40,11 +40,12 @@ class _OnHost:
 
 
 class TextEncoder(_OnHost):
-    """A session in the place of ``CLIPTextModel`` or ``CLIPTextModelWithProjection``."""
+    """A session in the place of CLIP's text models, with a projection or without, or of T5's."""
 
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
         self._session = session
-        self.config = CLIPTextConfig(**config)
+        cls = T5Config if config.get("model_type") == "t5" else CLIPTextConfig
+        self.config = cls(**config)
 
     def __call__(
         self,
@@ -79,7 +80,6 @@ class Unet(_OnHost):
 
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
         self._session = session
-        self._timestep = session.inputs["timestep"]
         self.config = _config(UNet2DConditionModel, config)
         # XL's pipelines look up here how wide the embedding of sizes and prompt is.
         width = self.config["projection_class_embeddings_input_dim"]
@@ -104,7 +104,7 @@ class Unet(_OnHost):
         _refuse("unet", others)
         given = {
             "sample": sample,
-            "timestep": self._time(timestep, sample.shape[0]),
+            "timestep": _time(self._session, timestep, sample.shape[0]),
             "encoder_hidden_states": encoder_hidden_states,
             "timestep_cond": timestep_cond,
             **(added_cond_kwargs or {}),
@@ -113,18 +113,44 @@ class Unet(_OnHost):
         out = _compute(self._session, **feeds)["out_sample"]
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
-    def _time(self, timestep: torch.Tensor | float, batch: int) -> torch.Tensor:
-        """The timestep in the rank and kind that the graph takes it in."""
-        time = torch.as_tensor(timestep).reshape(-1).to(torch.float64)
-        if self._timestep.dtype.kind == "i":
-            if not torch.equal(time, time.round()):
-                raise UsageError(
-                    "this scheduler steps between the trained timesteps",
-                    why=f"the graph takes whole timesteps ({self._timestep.dtype})",
-                    hint="choose another scheduler (ddim), or export with a float timestep",
-                )
-            time = time.to(torch.int64)
-        return time[0] if not self._timestep.dims else time.expand(batch)
+
+class Transformer(_OnHost):
+    """A session in the place of ``SD3Transformer2DModel``."""
+
+    def __init__(self, session: Session, config: dict[str, Any]) -> None:
+        self._session = session
+        self.config = _config(SD3Transformer2DModel, config)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """One denoising step: latents ``[B, C, H, W]`` to the velocity, of the same shape.
+
+        ``encoder_hidden_states`` is ``[B, S, E]``, ``pooled_projections`` ``[B, P]`` and
+        ``timestep`` ``[B]``.
+        """
+        _refuse("transformer", others)
+        out = _compute(
+            self._session,
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=_time(self._session, timestep, hidden_states.shape[0]),
+        )["out_hidden_states"]
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+
+DENOISERS: Mapping[str, Callable[[Session, dict[str, Any]], Unet | Transformer]] = {
+    "unet": Unet,
+    "transformer": Transformer,
+}
+"""What stands before a denoiser's session, by the component's name."""
 
 
 class Vae(_OnHost):
@@ -163,6 +189,21 @@ class Vae(_OnHost):
             _compute(self._encoder, sample=x)["latent_parameters"]
         )
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
+
+
+def _time(session: Session, timestep: torch.Tensor | float, batch: int) -> torch.Tensor:
+    """The timestep in the rank and kind that the graph takes it in."""
+    port = session.inputs["timestep"]
+    time = torch.as_tensor(timestep).reshape(-1).to(torch.float64)
+    if port.dtype.kind == "i":
+        if not torch.equal(time, time.round()):
+            raise UsageError(
+                "this scheduler steps between the trained timesteps",
+                why=f"the graph takes whole timesteps ({port.dtype})",
+                hint="choose another scheduler (ddim), or export with a float timestep",
+            )
+        time = time.to(torch.int64)
+    return time[0] if not port.dims else time.expand(batch)
 
 
 def _compute(session: Session, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:

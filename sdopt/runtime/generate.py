@@ -123,7 +123,8 @@ def generate(
     start = start_image(image, strength, steps) if image is not None else None
     chosen = opener(target) if isinstance(target, str) else target
     stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
-    size = image_size(width, height, start, opened.config("vae_decoder"), opened.config("unet"))
+    denoiser = opened.config(runner.denoiser)
+    size = image_size(width, height, start, opened.config("vae_decoder"), denoiser)
     pipeline = assemble(
         opened,
         stages,
@@ -190,11 +191,12 @@ def _run(
         tell(f"{label}, step {index + 1} of {pipeline.num_timesteps}", done)
         return state
 
-    if request.image is None:
-        more: dict[str, Any] = {"width": request.width, "height": request.height}
-    else:
-        more = {"image": [request.image] * len(prompts), "strength": request.strength}
-    if "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
+    takes = inspect.signature(pipeline.__call__).parameters
+    sizes = {"width": request.width, "height": request.height}
+    more: dict[str, Any] = {name: size for name, size in sizes.items() if name in takes}
+    if request.image is not None:
+        more |= {"image": [request.image] * len(prompts), "strength": request.strength}
+    if "negative_prompt" in takes:
         more["negative_prompt"] = [request.negative] * len(prompts)
     result = pipeline(
         list(prompts),

@@ -75,7 +75,7 @@ def assemble(
     runner = runner_of(bundle)
     cls = _pipeline_class(runner.class_name(image_to_image))
     from sdopt.runtime import schedulers
-    from sdopt.runtime.components import TextEncoder, Unet, Vae
+    from sdopt.runtime.components import DENOISERS, TextEncoder, Vae
 
     index = _read(bundle, INDEX, WHAT_INDEX)
     config = _scheduler_config(bundle)
@@ -87,14 +87,15 @@ def assemble(
     tokenizers = _tokenizers(bundle, index, runner, stages)
     devices = targets_for(target, device) if device is not None else [target]
     sessions = {name: open_stage(devices[0], stage.path) for name, stage in stages.items()}
-    halves = [sessions["unet"], *(open_stage(d, stages["unet"].path) for d in devices[1:])]
-    unet = on_halves(halves, halved=_is_halved(stages["unet"]), where=str(stages["unet"].path))
+    main = stages[runner.denoiser]
+    halves = [sessions[runner.denoiser], *(open_stage(d, main.path) for d in devices[1:])]
+    denoiser = on_halves(halves, halved=_is_halved(main), where=str(main.path))
     return cls(
         vae=Vae(
             sessions["vae_decoder"], sessions.get("vae_encoder"), bundle.config("vae_decoder")
         ),
-        unet=Unet(unet, bundle.config("unet")),
         scheduler=steps,
+        **{runner.denoiser: DENOISERS[runner.denoiser](denoiser, bundle.config(runner.denoiser))},
         **{
             name: TextEncoder(sessions[name], bundle.config(name)) if name in sessions else None
             for name in runner.encoders

@@ -18,7 +18,7 @@ from sdopt.runtime.generate import DEFAULT_GUIDANCE, DEFAULT_STEPS, generate
 from sdopt.runtime.session import Opener, choose_stages, opener
 from sdopt.session import Port, Session
 
-DENOISER = "unet"
+DENOISERS = ("unet", "transformer")
 DEFAULT_KEEP = 8
 
 
@@ -43,7 +43,7 @@ class Tape:
             name: one.astype(np.float32) if one.dtype == np.float64 else one
             for name, one in feeds.items()
         }
-        if component != DENOISER:
+        if component not in DENOISERS:
             self._writer.add(component, feeds, prompt=self._prompt, seed=self._seed)
             return
         timestep = float(np.asarray(feeds["timestep"]).reshape(-1)[0])

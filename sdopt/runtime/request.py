@@ -93,21 +93,22 @@ def image_size(
     height: int | None,
     image: Image | None,
     vae: Mapping[str, Any],
-    unet: Mapping[str, Any],
+    denoiser: Mapping[str, Any],
 ) -> tuple[int, int]:
     """Width and height in pixels: asked for, else the start image's, else the model's own.
 
     Raises:
-        UsageError: no multiple of the VAE's factor; names the nearest ones.
+        UsageError: no multiple of the VAE's factor and the denoiser's patch; names the nearest.
     """
     levels = vae.get("block_out_channels", (1, 2, 3, 4))
-    factor = 2 ** (len(levels) - 1)
-    native = unet.get("sample_size") or 64
+    smallest = 2 ** (len(levels) - 1)
+    factor = smallest * int(denoiser.get("patch_size") or 1)
+    native = denoiser.get("sample_size") or 64
     own_height, own_width = native if isinstance(native, list) else (native, native)
     if image is not None:
         default_width, default_height = image.size
     else:
-        default_width, default_height = own_width * factor, own_height * factor
+        default_width, default_height = own_width * smallest, own_height * smallest
     sizes = {"width": width or default_width, "height": height or default_height}
     for name, size in sizes.items():
         if size < factor or size % factor:

@@ -9,6 +9,7 @@ from typing import Any
 _DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _CONSISTENCY = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 _XL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+_SD3 = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
 _INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
 
 _UNCHECKED = {
@@ -28,6 +29,7 @@ class Runner:
         mask: whether that one also wants a mask.
         negative: whether it takes a negative prompt.
         encoders: the text encoders, each with a tokenizer of the same ending.
+        denoiser: the component that denoises, by the pipelines' name.
         given: what the pipelines are made with beside models, tokenizers and the scheduler.
         kept: what they are made with as ``model_index.json`` says, where they know it.
     """
@@ -37,6 +39,7 @@ class Runner:
     mask: bool = False
     negative: bool = True
     encoders: tuple[str, ...] = ("text_encoder",)
+    denoiser: str = "unet"
     given: Mapping[str, Any] = field(default_factory=lambda: _UNCHECKED)
     kept: tuple[str, ...] = ()
 
@@ -46,6 +49,7 @@ class Runner:
 
 
 _PAIR = ("text_encoder", "text_encoder_2")
+_THREE = (*_PAIR, "text_encoder_3")
 _KEPT = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 # Watermarks would make an image depend on whether a package for them is installed.
 _PLAIN = {"add_watermarker": False}
@@ -55,6 +59,7 @@ RUNNERS: Mapping[str, Runner] = {
     **dict.fromkeys(_CONSISTENCY, Runner(*_CONSISTENCY, negative=False)),
     _INPAINT: Runner("", _INPAINT, mask=True),
     **dict.fromkeys(_XL, Runner(*_XL, encoders=_PAIR, given=_PLAIN, kept=_KEPT)),
+    **dict.fromkeys(_SD3, Runner(*_SD3, encoders=_THREE, denoiser="transformer", given={})),
     _XL_INPAINT: Runner("", _XL_INPAINT, mask=True, encoders=_PAIR, given=_PLAIN, kept=_KEPT),
 }
 """The class that ``model_index.json`` names to what runs it."""

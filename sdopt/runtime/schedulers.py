@@ -9,8 +9,10 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
-from sdopt.errors import BundleError, MissingDependencyError, UnknownNameError
+from sdopt.errors import BundleError, MissingDependencyError, UnknownNameError, UsageError
 from sdopt.spec import suggest
+
+_OF_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -27,6 +29,15 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Name to diffusers' class and the options that make it what the name says."""
 
+FLOW: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "deis": ("DEISMultistepScheduler", _OF_FLOW),
+    "dpm++": ("DPMSolverMultistepScheduler", _OF_FLOW),
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", _OF_FLOW),
+}
+"""The same for models of flow matching (Stable Diffusion 3), whose noise no other knows."""
+
 # Where the bundle's scheduler does not have these options, a class's own defaults are for pixels.
 _LATENT = {
     "clip_sample": False,
@@ -41,13 +52,20 @@ def named(name: str, config: Mapping[str, Any]) -> Any:
 
     Raises:
         UnknownNameError: with the nearest names.
+        UsageError: the model was trained with flow matching, and the scheduler is for noise.
         MissingDependencyError: it computes with a package that is not installed.
     """
     if name not in SCHEDULERS:
         raise UnknownNameError(f"unknown scheduler {name!r}", hint=suggest(name, SCHEDULERS))
-    class_name, options = SCHEDULERS[name]
+    flow = str(config.get("_class_name")).startswith("FlowMatch")
+    if flow and name not in FLOW:
+        raise UsageError(
+            f"the scheduler {name} knows no flow matching, which this model was trained with",
+            hint=f"choose one that does: {', '.join(FLOW)}",
+        )
+    class_name, options = (FLOW if flow else SCHEDULERS)[name]
     cls: Any = getattr(diffusers, class_name)
-    given = {**_LATENT, **config, **options}
+    given = {**_LATENT, **config, **options, "flow_shift": config.get("shift", 1.0)}
     taken = inspect.signature(cls.__init__).parameters
     try:
         return cls(**{key: value for key, value in given.items() if key in taken})

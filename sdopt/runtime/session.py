@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -15,16 +16,24 @@ from sdopt.session import Session
 PURPOSE = {
     "text_encoder": "it turns the prompts into numbers",
     "text_encoder_2": "it turns the prompts into numbers, too",
+    "text_encoder_3": "it turns the prompts into numbers, too",
     "unet": "it denoises",
+    "transformer": "it denoises",
     "vae_encoder": "image-to-image encodes the start image with it",
     "vae_decoder": "it turns the result into pixels",
 }
 """The components that running needs, and what for."""
 
 REFINER = "sdxl_refiner"
-_WITHOUT: Mapping[str, tuple[str, ...]] = {"sdxl": (), REFINER: ("text_encoder",)}
-_WITHOUT_BY_DEFAULT = ("text_encoder_2",)
-"""The components that a family does not have."""
+_BEFORE: Mapping[str, tuple[str, ...]] = {
+    "sdxl": ("text_encoder", "text_encoder_2", "unet"),
+    REFINER: ("text_encoder_2", "unet"),
+    "sd3": ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer"),
+}
+_BEFORE_BY_DEFAULT = ("text_encoder", "unet")
+"""The components of a family that run before the VAE's decoder."""
+_OPTIONAL = ("text_encoder_3",)
+"""Those that a pipeline may come without: then its ``model_index.json`` says so."""
 
 
 class Opener(Protocol):
@@ -65,10 +74,9 @@ def choose_stages(
         BundleError: a component is missing; says what it is for and how to export it.
         UnknownNameError: no component has the stage.
     """
-    without = _WITHOUT.get(bundle.manifest.family, _WITHOUT_BY_DEFAULT)
-    if not image_to_image:
-        without = (*without, "vae_encoder")
-    needed = [name for name in PURPOSE if name not in without]
+    before = _BEFORE.get(bundle.manifest.family, _BEFORE_BY_DEFAULT)
+    vae = ("vae_encoder", "vae_decoder") if image_to_image else ("vae_decoder",)
+    needed = [name for name in (*before, *vae) if not _left_out(bundle, name)]
     for name in needed:
         if name not in bundle.components or not bundle.stages(name):
             raise BundleError(
@@ -88,6 +96,14 @@ def choose_stages(
             )
         return {name: bundle.current(name, stage) for name in needed}
     return {name: _latest(bundle, name, target.stage_name()) for name in needed}
+
+
+def _left_out(bundle: Bundle, name: str) -> bool:
+    """Whether the pipeline was saved without this component, as SD3 may be without T5."""
+    path = bundle.path / "model_index.json"
+    if name not in _OPTIONAL or name in bundle.components or not path.is_file():
+        return False
+    return not any(json.loads(path.read_text("utf-8")).get(name) or ())
 
 
 def _latest(bundle: Bundle, component: str, built: str) -> Stage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,16 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from sdopt.report import Report
 from sdopt.session import Session
@@ -52,8 +64,15 @@ def reference(folder: Path, component: str) -> Callable[[Tensors], Tensors]:
         return lambda feeds: {
             "latent_parameters": vae.encode(feeds["sample"]).latent_dist.parameters
         }
-    cls: Any = CLIPTextModelWithProjection if component[-1] == "2" else CLIPTextModel
-    text = cls.from_pretrained(folder / component).eval()
+    if component == "transformer":
+        transformer = SD3Transformer2DModel.from_pretrained(folder / component).eval()
+        return lambda feeds: {"out_hidden_states": transformer(**feeds).sample}
+    if component == "text_encoder_3":
+        third = T5EncoderModel.from_pretrained(folder / component).eval()
+        return lambda feeds: {"last_hidden_state": third(feeds["input_ids"]).last_hidden_state}
+    config = json.loads((folder / component / "config.json").read_text())
+    text = getattr(transformers, config["architectures"][0]).from_pretrained(folder / component)
+    text.eval()
     every = (folder / "text_encoder_2").is_dir()
     return lambda feeds: _text(text(feeds["input_ids"], output_hidden_states=every))
 
@@ -114,7 +133,14 @@ def feeds_of(component: str, size: tuple[int, int], seed: int, **dims: int) -> T
     if component == "vae_encoder":
         return {"sample": noise(3, 8 * height, 8 * width)}
     if component == "vae_decoder":
-        return {"latent_sample": noise(4, height, width)}
+        return {"latent_sample": noise(dims.get("channels", 4), height, width)}
+    if component == "transformer":
+        return {
+            "hidden_states": noise(dims["channels"], 2 * height, 2 * width),
+            "encoder_hidden_states": noise(1 + 19 * seed, dims["states"]),
+            "pooled_projections": noise(dims["pooled"]),
+            "timestep": torch.full((batch,), float(seed * 977 % 1000) + 0.5),
+        }
     if component != "unet":
         ids = torch.randint(0, tiny.VOCABULARY - 2, (batch, 3 + 19 * seed), generator=generator)
         ids[:, 1 + seed] = tiny.VOCABULARY - 1
@@ -221,6 +247,64 @@ def refiner(folder: Path, scratch: Path) -> None:
         StableDiffusionXLImg2ImgPipeline(unet=unet, requires_aesthetics_score=True, **parts),
         folder,
     )
+
+
+def sd3(folder: Path, scratch: Path, *, third: bool = True, **options: Any) -> None:
+    """Write a pipeline shaped as Stable Diffusion 3.5; ``options`` are its transformer's."""
+    given: dict[str, Any] = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 48,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 28,
+        "pos_embed_max_size": 24,
+        "dual_attention_layers": (0, 1),
+        "qk_norm": "rms_norm",
+    }
+    transformer = SD3Transformer2DModel(**(given | options))
+    first = text_config(hidden_act="quick_gelu", projection_dim=12)
+    second = text_config(hidden_act="gelu", hidden_size=16, num_attention_heads=2)
+    second.num_hidden_layers, second.projection_dim = 3, 16
+    save(
+        StableDiffusion3Pipeline(
+            transformer=tiny._scramble(transformer, 1),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny.vae(latent_channels=16, use_quant_conv=False, shift_factor=0.06),
+            text_encoder=tiny._scramble(CLIPTextModelWithProjection(first), 3),
+            tokenizer=tiny.tokenizer(scratch / "1"),
+            text_encoder_2=tiny._scramble(CLIPTextModelWithProjection(second), 4),
+            tokenizer_2=tiny.tokenizer(scratch / "2"),
+            text_encoder_3=tiny._scramble(T5EncoderModel(t5_config()), 5) if third else None,
+            tokenizer_3=t5_tokenizer() if third else None,
+        ),
+        folder,
+    )
+
+
+def t5_config() -> T5Config:
+    """The configuration of a small T5 with the parts that v1.1's XXL has."""
+    return T5Config(
+        vocab_size=64,
+        d_model=48,
+        d_kv=8,
+        d_ff=40,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A unigram tokenizer of single letters, with T5's own special tokens."""
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    letters += [(letter, -3.0) for letter in "abcdefghijklmnopq"]
+    return T5TokenizerFast(vocab=letters, extra_ids=0)
 
 
 def _xl_parts(scratch: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -43,7 +44,7 @@ def unet(widths: tuple[int, ...] = (8, 16, 16, 16)) -> UNet2DConditionModel:
     )
 
 
-def vae() -> AutoencoderKL:
+def vae(**options: Any) -> AutoencoderKL:
     return _scramble(
         AutoencoderKL(
             sample_size=64,
@@ -52,6 +53,7 @@ def vae() -> AutoencoderKL:
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=1,
             norm_num_groups=2,
+            **options,
         ),
         2,
     )

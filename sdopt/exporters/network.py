@@ -1,0 +1,43 @@
+"""What is traced: a network that takes and returns the ports of its component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Config = Mapping[str, Any]
+
+BUFFERS: Mapping[str, Callable[[tuple[int, ...]], np.ndarray]] = {
+    "position_ids": lambda shape: np.arange(shape[-1], dtype=np.int64).reshape(shape),
+}
+"""Values of buffers that no checkpoint holds, by last name: under fake mode torch knows none."""
+
+
+class Network(torch.nn.Module):
+    """A network that takes and returns its component's ports in order.
+
+    Attributes:
+        prefix: what its parameters' names carry beyond their names in a checkpoint.
+        config: the whole configuration, defaults filled in.
+        mode: the mode under which its parameters have shapes but no values.
+    """
+
+    prefix = ""
+    config: Config
+    mode: FakeTensorMode
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight that a checkpoint must hold, by its name there."""
+        state = self.state_dict()
+        return {name.removeprefix(self.prefix): tuple(t.shape) for name, t in state.items()}
+
+    def tied(self) -> list[tuple[str, ...]]:
+        """The names of parameters that are one and the same tensor, in groups."""
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name.removeprefix(self.prefix))
+        return [tuple(names) for names in groups.values() if len(names) > 1]
