@@ -84,7 +84,7 @@ class HalfCast(Pass):
         ctx: PassContext,
     ) -> set[ir.Node]:
         """The nodes that stay in float32, whatever their weights are."""
-        stays = _precision.phase_nodes(nodes)
+        stays = _precision.phase_nodes(nodes) | _precision.index_nodes(nodes)
         stays |= {node for node in nodes if graph.FLOAT32_KEY in node.metadata_props}
         for entry in (entry for entry in self.keep if entry != "io"):
             found = {

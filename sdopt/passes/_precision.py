@@ -13,6 +13,7 @@ FLOAT = ir.DataType.FLOAT
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _STASHING = frozenset({"LayerNormalization", "RMSNormalization", "GroupNormalization"})
 _PERIODIC = frozenset({"Sin", "Cos"})
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _TO = {"Cast": "to", "RandomNormalLike": "dtype", "EyeLike": "dtype", "RandomNormal": "dtype"}
 _MASK_READERS = frozenset({"Add", "Where", "Attention", "Expand", "Min", "Max", "Concat"})
 
@@ -75,6 +76,34 @@ def phase_nodes(nodes: Iterable[ir.Node]) -> set[ir.Node]:
         feeds = (v.producer() for v in node.inputs if v is not None)
         stack += [f for f in feeds if f is not None and any(map(is_float_like, f.outputs))]
     return found
+
+
+def index_nodes(nodes: Iterable[ir.Node]) -> set[ir.Node]:
+    """Arithmetic in floats that makes integers out of integers, such as T5's position buckets.
+
+    A half float rounds it to the next bucket. Data that is made an integer (quantized, say) is
+    none of this: it comes from a float input or from weights.
+    """
+    found: set[ir.Node] = set()
+    for seed in nodes:
+        if seed.op_type != "Cast" or seed.outputs[0].dtype not in _INTEGERS:
+            continue
+        stack, chain = [seed], set[ir.Node]()
+        while stack:
+            node = stack.pop()
+            floats = [v for v in node.inputs if v is not None and is_float_like(v)]
+            if any(v.is_graph_input() or _is_weight(v) for v in floats):
+                chain.clear()
+                break
+            chain.add(node)
+            feeds = (v.producer() for v in floats)
+            stack += [f for f in feeds if f is not None and f not in chain]
+        found |= chain
+    return found
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return value.const_value is not None and len(value.const_value.shape) > 1
 
 
 def is_float_like(value: ir.Value) -> bool:

@@ -20,9 +20,10 @@ class CastFp16(HalfCast):
         -inf in a mask                    ->  -65504
 
     Applies when: the weights are float32. The phase that sin and cos of the timestep take stays in
-    float32, since at 999 a float16 is off by a quarter of a radian. Nodes whose weights pass 65504
-    stay in float32 too and are reported by module path; so are operators that have no fp16 form,
-    and control flow.
+    float32, since at 999 a float16 is off by a quarter of a radian; so does arithmetic that makes
+    integers of integers (T5's buckets of positions). Nodes whose weights pass 65504 stay in
+    float32 too and are reported by module path; so are operators that have no fp16 form, and
+    control flow.
 
     Numerics: lossy, small (relative L2 about 1e-3 on a UNet).
 

@@ -30,6 +30,40 @@ def test_the_phase_of_the_timestep_stays_in_float32(cast: Cast) -> None:
     assert abs(naive - np.sin(np.float32(99.9))) > 1e-2  # what the rule protects from
 
 
+BUCKETS = """
+g (int64[N] i, float[N,4] x) => (float[N,4] y) {
+    f = Cast<to=1>(i)
+    l = Log(f)
+    s = Mul(l, scale)
+    b = Cast<to=7>(s)
+    rows = Gather(table, b)
+    y = Add(rows, x)
+}
+"""
+
+
+def test_integers_made_of_integers_stay_exact(cast: Cast) -> None:
+    """The logarithmic buckets of T5's positions: a half float falls into the next one."""
+    table = np.arange(400, dtype=np.float32).reshape(100, 4) % 31
+    weights = {"table": table, "scale": np.array(16, np.float32)}
+    model = model_of(BUCKETS, weights)
+    feeds = {"i": np.arange(1, 200), "x": np.zeros((199, 4), np.float32)}
+    wanted = evaluate(model_of(BUCKETS, weights), feeds)
+    apply(cast(), model)
+    assert {n.outputs[0].dtype for n in model.graph if n.op_type in ("Log", "Mul")} == {FLOAT}
+    assert np.array_equal(evaluate(model, feeds), wanted)
+
+
+def test_data_made_integers_is_no_index_arithmetic(cast: Cast) -> None:
+    text = (
+        "g (float[2,3] x) => (int64[2,3] y) { m = MatMul(x, w)\n s = Relu(m)\n y = Cast<to=7>(s) }"
+    )
+    model = model_of(text, {"w": np.eye(3, dtype=np.float32)})
+    apply(cast(), model)
+    kinds = {n.op_type: n.outputs[0].dtype for n in model.graph}
+    assert kinds["MatMul"] == kinds["Relu"] == cast.half
+
+
 def test_keep_io_operators_and_modules(cast: Cast) -> None:
     model = model_of(BLOCK, block_weights())
     for node in model.graph:
