@@ -1,11 +1,13 @@
-"""Time and memory to export and optimize a full-size Stable Diffusion 1.5, beside other tools.
+"""Time and memory to export and optimize models of full size, beside other tools.
 
 Everything runs in this one call, one process after the other; weights are random (they change no
 timing, and hide fp16 overflow). Results go to OUT/compile.json, the table to stdout.
 
     python benchmarks/compile.py                             all; 24 GB memory, 25 GB disk
     python benchmarks/compile.py --only export_unet,optimize   some rows; the others are kept
-    python benchmarks/compile.py --architecture tiny         the same in a minute, to try it out
+    python benchmarks/compile.py --architecture sdxl         after `make optimum`
+    python benchmarks/compile.py --architecture sd35-large   on a checkpoint of holes; 50 GB disk
+    python benchmarks/compile.py --architecture tiny         sd15's rows in a minute, to try it out
 """
 
 from __future__ import annotations
@@ -17,17 +19,16 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs as a script, from anywhere
 
-from benchmarks.make_checkpoint import ARCHITECTURES  # noqa: E402
+from benchmarks.compile_rows import PLANS, Places, Row  # noqa: E402
 from benchmarks.measure import Measurement, machine, measure, versions  # noqa: E402
 
-PASSES = "clean,fuse_qkv,pad_align,cast_fp16"
 PACKAGES = (
     "sdopt",
     "torch",
@@ -42,133 +43,70 @@ PACKAGES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One row of the table: what it is called, the command, and the ONNX file it leaves."""
-
-    name: str
-    what: str
-    command: tuple[str, ...]
-    result: Path
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
 class Bench:
-    """Where things lie, and how to make what a variant needs."""
+    """Where things lie, and how to make what a row needs."""
 
     def __init__(self, out: Path, architecture: str, timeout_seconds: float) -> None:
         self.out = out
         self.architecture = architecture
         self.timeout_seconds = timeout_seconds
-        self.checkpoint = out / f"{architecture}-fp32"
-        self.bundle = out / "bundle"
-        self.baseline = out / "opset18" / "model.onnx"
-
-    def variants(self) -> dict[str, Variant]:
-        """The rows, in the order they run and are shown."""
-        unet = self.bundle / "unet"
-        everything, in_place = self.out / "bundle-all", self.checkpoint / "unet" / "model.onnx"
-        rows = [
-            self._sdopt(
-                "export_unet",
-                "sdopt export, UNet, fp32",
-                ("export", self.checkpoint, "-o", self.bundle, "--component", "unet"),
-                unet / "model.onnx",
-            ),
-            self._sdopt(
-                "export_in_place",
-                "sdopt export --in-place, UNet, fp32",
-                ("export", self.checkpoint, "--in-place", "--component", "unet"),
-                in_place,
-            ),
-            self._sdopt(
-                "export_all",
-                "sdopt export, whole pipeline, fp32",
-                ("export", self.checkpoint, "-o", everything),
-                everything / "unet" / "model.onnx",
-            ),
-            self._sdopt(
-                "optimize",
-                f"sdopt optimize --passes {PASSES}",
-                ("optimize", self.bundle, "--component", "unet", "--force", "--passes", PASSES),
-                unet / "optimized.onnx",
-            ),
-            self._tool("ort", "onnxruntime.transformers optimizer (unet) + its fp16"),
-            self._tool("onnxsim", "onnxsim"),
-            self._tool("float16", "onnxconverter-common float16"),
-        ]
-        return {row.name: row for row in rows}
-
-    def _sdopt(
-        self, name: str, what: str, arguments: tuple[str | Path, ...], result: Path
-    ) -> Variant:
-        command = (sys.executable, "-m", "sdopt", *map(str, arguments))
-        return Variant(name, what, command, result)
-
-    def _tool(self, name: str, what: str) -> Variant:
-        result = self.out / name / "model.onnx"
-        command = (sys.executable, "-m", "benchmarks.tools", name, str(self.baseline), str(result))
-        return Variant(name, what, command, result, {"PYTHONPATH": str(ROOT)})
+        self.plan = PLANS[architecture]
+        self.checkpoint = out / f"{architecture}-{self.plan.dtype}"
+        self.rows = self.plan.rows(Places(out, self.checkpoint))
 
     def prepare(self, names: list[str]) -> None:
-        """Make the checkpoint, the bundle and the opset 18 file that these variants start from."""
+        """Make the checkpoint, and what these rows start from and no row of this call makes."""
         if not (self.checkpoint / "model_index.json").is_file():
             tell(f"writing {self.checkpoint}")
             # Not in this process: a child's peak memory begins with what its parent had at the
             # fork, so the one that measures stays small (no torch).
-            script = str(ROOT / "benchmarks" / "make_checkpoint.py")
-            command = (sys.executable, script, self.architecture, "-o", str(self.checkpoint))
-            self._must(Variant("make_checkpoint", "", command, self.checkpoint))
-        if "optimize" in names and "export_unet" not in names and not self.bundle.is_dir():
-            self._must(self.variants()["export_unet"])
-        if {"ort", "onnxsim", "float16"} & set(names) and not self.baseline.is_file():
-            tell("exporting at opset 18 for the other tools")
-            source = str(self.checkpoint / "unet")
-            tool = (
-                sys.executable,
-                "-m",
-                "benchmarks.tools",
-                "baseline",
-                source,
-                str(self.baseline),
-            )
-            self._must(Variant("baseline", "", tool, self.baseline, {"PYTHONPATH": str(ROOT)}))
+            self._must("make_checkpoint", self.plan.checkpoint(self.architecture, self.checkpoint))
+        for name in names:
+            before = self.rows[name].after
+            if before and before not in names and not self.rows[before].result.is_file():
+                self._must(before, self.rows[before].command)
+            first = self.rows[name].prepared
+            if first is not None and not first.result.is_file():
+                tell(f"making {first.result}")
+                self._must(first.name, first.command)
 
-    def _must(self, variant: Variant) -> None:
-        done = measure(variant.command, self.timeout_seconds, variant.environment)
+    def _must(self, name: str, command: tuple[str, ...]) -> None:
+        done = measure(command, self.timeout_seconds, {"PYTHONPATH": str(ROOT)})
         if not done.ok:
-            sys.exit(f"{variant.name} failed, and the rest needs it: {done.message}")
+            sys.exit(f"{name} failed, and the rest needs it: {done.message}")
 
-    def run(self, variant: Variant) -> dict[str, Any]:
-        """Measure one variant from a clean start; a failure is a result too."""
-        tell(f"running {variant.name}: {variant.what}")
-        self._clear(variant)
-        warm_cache(self.checkpoint)
-        done = measure(variant.command, self.timeout_seconds, variant.environment)
-        result = self._describe(variant) if done.ok else {}
+    def run(self, row: Row, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """Measure one row from a clean start; a failure is a result too."""
+        tell(f"running {row.name}: {row.what}")
+        for path in row.fresh:  # so that nothing is found up to date
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if row.tool:
+            row.result.parent.mkdir(parents=True, exist_ok=True)
+        if not self.plan.sparse:
+            warm_cache(self.checkpoint)
+        done = measure(row.command, self.timeout_seconds, {"PYTHONPATH": str(ROOT)})
+        result = self._describe(row) if done.ok else {}
+        if done.ok and row.writes:
+            files = [path.stat() for path in row.result.parent.glob(row.writes)]
+            result["bytes_written"] = sum(file.st_size for file in files)
+            result["bytes_on_disk"] = sum(file.st_blocks * 512 for file in files)
+            if copying := done.seconds - known.get(row.copies, {}).get("seconds", done.seconds):
+                result["copied_bytes_per_second"] = result["bytes_on_disk"] / max(copying, 1e-3)
         tell(f"  {row_text(done, result)}")
-        shown = shlex.join(variant.command).replace(sys.executable, "python")
+        shown = shlex.join(row.command).replace(sys.executable, "python")
         return {
             **dataclasses.asdict(done),
-            "what": variant.what,
-            "command": shown.replace(str(self.out), "OUT"),
+            "what": row.what,
+            "command": shown.replace(str(self.out), "OUT").replace(f"{ROOT}/", ""),
             "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "result": result,
         }
 
-    def _clear(self, variant: Variant) -> None:
-        """Remove what an earlier run left, so that nothing is found up to date."""
-        if variant.name.startswith("export_in_place"):
-            for path in (variant.result, self.checkpoint / "manifest.json"):
-                path.unlink(missing_ok=True)
-        elif variant.name != "optimize":
-            root = {"export_all": self.out / "bundle-all", "export_unet": self.bundle}
-            shutil.rmtree(root.get(variant.name, variant.result.parent), ignore_errors=True)
-            if not variant.name.startswith("export"):
-                variant.result.parent.mkdir(parents=True)
-
-    def _describe(self, variant: Variant) -> dict[str, Any]:
-        command = (sys.executable, "-m", "benchmarks.tools", "describe", str(variant.result))
+    def _describe(self, row: Row) -> dict[str, Any]:
+        if row.result.suffix != ".onnx":
+            return {}
+        command = (sys.executable, "-m", "benchmarks.tools", "describe", str(row.result))
+        command += ("--unopened",) if self.plan.sparse else ()
         done = measure(command, self.timeout_seconds, {"PYTHONPATH": str(ROOT)})
         return json.loads(done.message) if done.ok else {"unreadable": done.message}
 
@@ -178,12 +116,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--only", help="names of rows, joined by commas")
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="sd15")
+    parser.add_argument("--architecture", choices=PLANS, default="sd15")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for each row")
     parser.add_argument("--keep", action="store_true", help="keep what the other tools wrote")
     args = parser.parse_args()
     bench = Bench(args.out.resolve() / args.architecture, args.architecture, args.timeout)
-    variants = bench.variants()
+    variants = bench.rows
     names = args.only.split(",") if args.only else list(variants)
     if unknown := set(names) - set(variants):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(variants)}")
@@ -194,9 +132,9 @@ def main() -> None:
     for name in variants:
         if name not in names:
             continue
-        rows[name] = bench.run(variants[name])
-        if name in ("ort", "onnxsim", "float16") and not args.keep:
-            shutil.rmtree(bench.out / name, ignore_errors=True)
+        rows[name] = bench.run(variants[name], rows)
+        if variants[name].tool and not args.keep:
+            shutil.rmtree(variants[name].result.parent, ignore_errors=True)
         report = {
             "architecture": args.architecture,
             "command": shlex.join(["python", "benchmarks/compile.py", *sys.argv[1:]]),
@@ -231,12 +169,21 @@ def result_text(result: dict[str, Any]) -> str:
     """``361 nodes; 32 Attention, 61 GroupNormalization; 1.72 GB float16``."""
     if "unreadable" in result:
         return f"its result cannot be read: {result['unreadable']}"
-    if result["refused"]:
+    if result.get("refused"):
         return f"writes {result['nodes']} nodes that onnxruntime refuses: {result['refused']}"
-    parts = [f"{result['nodes']} nodes"]
-    parts.append(", ".join(f"{count} {name}" for name, count in result["ops"].items()))
-    large = {kind: size for kind, size in result["weight_bytes"].items() if size >= 1e6}
+    parts = []
+    if "nodes" in result:
+        parts.append(f"{result['nodes']} nodes")
+        parts.append(", ".join(f"{count} {name}" for name, count in result["ops"].items()))
+    sizes = result.get("weight_bytes", {})
+    large = {kind: size for kind, size in sizes.items() if size >= 1e6}
     parts.append(", ".join(f"{size / 1e9:.3g} GB {kind}" for kind, size in large.items()))
+    if written := result.get("bytes_written"):
+        parts.append(f"{written / 1e9:.3g} GB written")
+        if result["bytes_on_disk"] < written / 2:
+            parts.append(f"of which {result['bytes_on_disk'] / 1e9:.2g} GB are no holes")
+        elif rate := result.get("copied_bytes_per_second"):
+            parts.append(f"copied at {rate / 1e6:.0f} MB/s")
     return "; ".join(part for part in parts if part)
 
 

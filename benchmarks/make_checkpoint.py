@@ -1,12 +1,15 @@
-"""Writes a diffusers folder with the architecture of Stable Diffusion 1.5 and random weights.
+"""Writes a diffusers folder with a published architecture and random weights.
 
 No published weights are needed to measure time and memory. The weights are drawn by name from a
-seed and streamed into safetensors one block at a time, so the 4 GB never lie in memory; they are
+seed and streamed into safetensors one block at a time, so they never lie in memory; they are
 scaled like an initialisation, so that outputs stay finite. Random weights hide fp16 overflow and
-make noise, not pictures.
+make noise, not pictures. ``--sparse`` writes none at all: files of the full size that take no
+space, all zero, for what only depends on sizes. Files of more than 10 GB are split into shards,
+as diffusers and transformers do.
 
     python benchmarks/make_checkpoint.py sd15 -o sd15-random
     python benchmarks/make_checkpoint.py sd15 -o sd15-random --dtype fp16 --component unet
+    python benchmarks/make_checkpoint.py sd35-large --dtype fp16 --sparse
 """
 
 from __future__ import annotations
@@ -17,76 +20,42 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script
+
+from benchmarks.architectures import ARCHITECTURES, END, Part
+
 BLOCK = 4 << 20
 """Elements drawn at a time: 16 MiB of fp32."""
+SHARD_BYTES = 10_000_000_000
+"""The size at which diffusers and transformers begin another file."""
 
-CONTEXT_LENGTH = 77
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
-    "sd15": {
-        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "vae": {"sample_size": 512, "block_out_channels": [128, 256, 512, 512]},
-        "text_encoder": {
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        },
-    },
-    # The same blocks at a size that tests can run.
-    "tiny": {
-        "unet": {
-            "sample_size": 16,
-            "cross_attention_dim": 32,
-            "attention_head_dim": 2,
-            "block_out_channels": [16, 32, 32, 32],
-            "norm_num_groups": 8,
-        },
-        "vae": {
-            "sample_size": 128,
-            "block_out_channels": [8, 16, 16, 16],
-            "norm_num_groups": 4,
-        },
-        "text_encoder": {
-            "vocab_size": 514,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        },
-    },
-}
-COMPONENTS = ("text_encoder", "unet", "vae")
-_CLASSES = {
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "scheduler": ("diffusers", "PNDMScheduler"),
-    "safety_checker": (None, None),
-    "feature_extractor": (None, None),
-}
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+BEGIN = "<|startoftext|>"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def main() -> None:
     """Read the command line and write the folder."""
+    parts = sorted({name for one in ARCHITECTURES.values() for name in one.parts})
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("-o", "--output", type=Path, help="the folder (default: ARCH-random)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")
-    parser.add_argument("--component", action="append", choices=COMPONENTS, help="just these")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--component", action="append", choices=parts, help="just these")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sparse", action="store_true", help="zeros that take no space")
     args = parser.parse_args()
     folder = args.output or Path(f"{args.architecture}-random")
-    write_checkpoint(folder, args.architecture, args.dtype, args.component, args.seed)
+    write_checkpoint(
+        folder, args.architecture, args.dtype, args.component, args.seed, sparse=args.sparse
+    )
     print(folder)
 
 
@@ -96,79 +65,112 @@ def write_checkpoint(
     dtype: str = "fp32",
     components: list[str] | None = None,
     seed: int = 0,
+    *,
+    sparse: bool = False,
 ) -> None:
-    """Write the folder; the index, the tokenizer and the scheduler always come along."""
-    sizes = ARCHITECTURES[architecture]
+    """Write the folder; the index, the tokenizers and the scheduler always come along."""
+    made = ARCHITECTURES[architecture]
     folder.mkdir(parents=True, exist_ok=True)
-    for component in components or COMPONENTS:
-        config, shapes = _describe(component, sizes[component])
-        stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-        target = folder / component
-        _write_json(target / "config.json", config)
-        kind = np.dtype(np.float32 if dtype == "fp32" else np.float16)
-        _write_safetensors(target / f"{stem}.safetensors", shapes, kind, seed)
-    _write_tokenizer(folder / "tokenizer", sizes["text_encoder"]["vocab_size"])
-    _write_scheduler(folder / "scheduler")
-    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    _write_json(folder / "model_index.json", {**index, **_CLASSES})
+    for name in components or made.parts:
+        part = made.parts[name]
+        config, shapes = _describe(part)
+        _write_json(folder / name / "config.json", config)
+        stem = "model" if part.library == "transformers" else "diffusion_pytorch_model"
+        _write_weights(folder / name, stem, shapes, DTYPES[dtype], None if sparse else seed)
+    clip = next(part.config["vocab_size"] for part in made.parts.values() if _is_clip(part))
+    for name, pad in made.tokenizers.items():
+        if pad == "<pad>":
+            _write_t5_tokenizer(folder / name)
+        else:
+            _write_clip_tokenizer(folder / name, clip, pad)
+    _write_json(folder / "scheduler" / "scheduler_config.json", made.scheduler)
+    _write_json(folder / "model_index.json", _index(architecture))
 
 
-def _describe(
-    component: str, sizes: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def _index(architecture: str) -> dict[str, Any]:
+    made = ARCHITECTURES[architecture]
+    tokenizers = {
+        name: ("transformers", "T5TokenizerFast" if pad == "<pad>" else "CLIPTokenizer")
+        for name, pad in made.tokenizers.items()
+    }
+    return {
+        "_class_name": made.pipeline,
+        **{name: (part.library, part.class_name) for name, part in made.parts.items()},
+        **tokenizers,
+        "scheduler": ("diffusers", made.scheduler["_class_name"]),
+        **made.index,
+    }
+
+
+def _is_clip(part: Part) -> bool:
+    return part.class_name.startswith("CLIP")
+
+
+def _describe(part: Part) -> tuple[dict[str, Any], Shapes]:
     """The configuration of a component and the shapes of its weights; allocates none of them."""
+    import diffusers
     import torch
+    import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with torch.device("meta"):
-        model = _BUILDERS[component](sizes)
-    names = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if component == "text_encoder":
+        if part.library == "diffusers":
+            model = getattr(diffusers, part.class_name)(**part.config)
+            config = json.loads(model.to_json_string())
+        else:
+            cls = getattr(transformers, part.class_name)
+            model = cls(cls.config_class(**part.config, **_tokens(part)))
+            # As the published files say it, which have the dtype of their time.
+            named = {"architectures": [part.class_name], "dtype": "float32"}
+            config = model.config.to_dict() | named
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if _is_clip(part):
         # transformers 5 dropped the prefix that the published files have; it reads both.
-        names = {f"text_model.{n.removeprefix('text_model.')}": s for n, s in names.items()}
-        config = model.config.to_dict() | {"architectures": ["CLIPTextModel"], "dtype": "float32"}
-    else:
-        config = json.loads(model.to_json_string())
-    return config, names
+        bare = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
+        shapes = {
+            name if name.startswith("text_projection") else f"text_model.{name}": shape
+            for name, shape in bare.items()
+        }
+    elif part.library == "transformers":
+        shapes.pop("encoder.embed_tokens.weight", None)  # tied to shared.weight, saved once
+    return config, shapes
 
 
-def _unet(sizes: dict[str, Any]) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(**sizes)
-
-
-def _vae(sizes: dict[str, Any]) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        scaling_factor=0.18215,
-        force_upcast=False,
-        **sizes,
-    )
+def _tokens(part: Part) -> dict[str, int]:
+    """The ids of CLIP's begin and end, the last two of the vocabulary."""
+    if not _is_clip(part):
+        return {}
+    last = part.config["vocab_size"] - 1
+    return {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
 
 
-def _text_encoder(sizes: dict[str, Any]) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    last = sizes["vocab_size"] - 1
-    tokens = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
-    config = CLIPTextConfig(
-        max_position_embeddings=CONTEXT_LENGTH, hidden_act="quick_gelu", **tokens, **sizes
-    )
-    return CLIPTextModel(config)
-
-
-_BUILDERS = {"text_encoder": _text_encoder, "unet": _unet, "vae": _vae}
-
-
-def _write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], seed: int
+def _write_weights(
+    folder: Path, stem: str, shapes: Shapes, dtype: np.dtype[Any], seed: int | None
 ) -> None:
+    """One file, or shards and their index; without a seed they are holes."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if size + bytes_ > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += bytes_
+    if len(shards) == 1:
+        _write_safetensors(folder / f"{stem}.safetensors", shapes, dtype, seed)
+        return
+    places: dict[str, str] = {}
+    for index, shard in enumerate(shards, 1):
+        file = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / file, shard, dtype, seed)
+        places |= dict.fromkeys(shard, file)
+    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    index_file = folder / f"{stem}.safetensors.index.json"
+    _write_json(index_file, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_safetensors(path: Path, shapes: Shapes, dtype: np.dtype[Any], seed: int | None) -> None:
     """Stream weights into one file: 8 bytes of header length, a JSON header, then the data."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -182,8 +184,11 @@ def _write_safetensors(
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for name, shape in shapes.items():
-            _write_tensor(file, name, shape, dtype, seed)
+        if seed is None:
+            file.truncate(file.tell() + position)
+        else:
+            for name, shape in shapes.items():
+                _write_tensor(file, name, shape, dtype, seed)
     os.replace(temporary, path)
 
 
@@ -215,36 +220,32 @@ def _range(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return (1.0, 0.05) if name.endswith("weight") else (0.0, 0.02)
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+def _write_clip_tokenizer(folder: Path, vocabulary: int, pad: str) -> None:
     """A vocabulary of single bytes, and of fillers up to the size that the text encoder has."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = [256 + index for index in range(256 - len(printable))]
     letters = [chr(code) for code in (*printable, *spare)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     tokens += [f"<|unused{index}|>" for index in range(vocabulary - len(tokens) - 2)]
-    table = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
+    table = {token: index for index, token in enumerate([*tokens, BEGIN, END])}
     _write_json(folder / "vocab.json", table)
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
+    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad, "unk_token": END}
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(
         folder / "tokenizer_config.json",
-        {**special, "model_max_length": CONTEXT_LENGTH, "tokenizer_class": "CLIPTokenizer"},
+        {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
     )
 
 
-def _write_scheduler(folder: Path) -> None:
-    config = {
-        "_class_name": "PNDMScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-    }
-    _write_json(folder / "scheduler_config.json", config)
+def _write_t5_tokenizer(folder: Path) -> None:
+    """T5's vocabulary with single letters in the place of its pieces."""
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(33, 127)]
+    pieces += [(f"<unused{index}>", -9.0) for index in range(32000 - len(pieces))]
+    T5TokenizerFast(vocab=pieces, extra_ids=100).save_pretrained(folder)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 python -m benchmarks.tools baseline UNET_FOLDER OUT.onnx     what the others are given
 python -m benchmarks.tools ort|onnxsim|float16 IN.onnx OUT.onnx
-python -m benchmarks.tools describe OUT.onnx                 what came out, one line
+python -m benchmarks.tools describe OUT.onnx [--unopened]    what came out, one line
+python -m benchmarks.tools zeros FILE BYTES                  how fast this disk is written
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -140,8 +142,21 @@ def float16(source: str, output: str) -> None:
     onnx.save(model, output, save_as_external_data=True, location=f"{Path(output).name}_data")
 
 
-def describe(path: str) -> None:
-    """Print as JSON: nodes, counts of what matters, bytes of weights, and ORT's refusal if any."""
+def zeros(path: str, size: str) -> None:
+    """Write that many zero bytes in blocks of 64 MiB, on the disk when it returns."""
+    block, left = bytes(64 << 20), int(size)
+    with open(path, "wb", buffering=0) as file:
+        while left:
+            left -= file.write(block[:left])
+        os.fsync(file.fileno())
+
+
+def describe(path: str, unopened: str = "") -> None:
+    """Print as JSON: nodes, counts of what matters, bytes of weights, and ORT's refusal if any.
+
+    With ``--unopened`` ONNX Runtime is not asked: it reads all the weights, of which a sparse
+    checkpoint has none.
+    """
     import onnx
     from onnx import helper
 
@@ -155,7 +170,7 @@ def describe(path: str) -> None:
         "nodes": len(graph.node),
         "ops": {name: counts[name] for name in SHOWN if counts[name]},
         "weight_bytes": dict(sizes),
-        "refused": _refusal(path),
+        "refused": None if unopened else _refusal(path),
     }
     print(json.dumps(summary))
 
@@ -182,6 +197,7 @@ TOOLS = {
     "onnxsim": onnxsim,
     "float16": float16,
     "describe": describe,
+    "zeros": zeros,
 }
 
 

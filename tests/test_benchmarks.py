@@ -13,7 +13,11 @@ from safetensors.numpy import load_file
 
 from benchmarks import companions, make_checkpoint, measure
 from benchmarks import compile as compiling
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.compile_rows import PLANS, Places
 from sdopt import api
+from sdopt.exporters import DiffusersSource
+from sdopt.exporters.checkpoint import Checkpoint
 from sdopt.runtime.scheduled import Scheduled, open_stage
 from sdopt.targets.ort import Ort
 from tests.runtime import toy
@@ -133,8 +137,54 @@ def test_every_stage_takes_every_step_in_every_round(tmp_path: Path) -> None:
     assert hoisted.calls == {"main": 6, "prompt": 1, "step": 3}
 
 
-def test_architectures_are_json(checkpoint: Path) -> None:
-    for component in make_checkpoint.COMPONENTS:
+def test_configurations_are_those_of_the_table(checkpoint: Path) -> None:
+    for component, part in ARCHITECTURES["tiny"].parts.items():
         config = json.loads((checkpoint / component / "config.json").read_text("utf-8"))
-        sizes = make_checkpoint.ARCHITECTURES["tiny"][component]
-        assert {key: config[key] for key in sizes} == sizes
+        wanted = json.loads(json.dumps(dict(part.config)))
+        assert {key: config[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("architecture", ["sd21", "sdxl", "sd35-large"])
+def test_a_sparse_checkpoint_is_read_by_the_exporter(architecture: str, tmp_path: Path) -> None:
+    make_checkpoint.write_checkpoint(tmp_path, architecture, "fp16", sparse=True)
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*")) < 10e6
+    source = DiffusersSource(tmp_path)
+    assert source.component_names() == [
+        name
+        for part in ARCHITECTURES[architecture].parts
+        for name in (("vae_encoder", "vae_decoder") if part == "vae" else (part,))
+    ]
+    for name in source.component_names():
+        assert source.dtype_of(name) == "fp16"
+
+
+def test_large_files_become_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    make_checkpoint.write_checkpoint(whole, "tiny", "fp16", ["unet"])
+    monkeypatch.setattr(make_checkpoint, "SHARD_BYTES", 100_000)
+    make_checkpoint.write_checkpoint(split, "tiny", "fp16", ["unet"])
+    assert len(list((split / "unet").glob("*-of-*.safetensors"))) > 1
+    one, other = (Checkpoint.open(folder / "unet") for folder in (whole, split))
+    assert one.entries.keys() == other.entries.keys()
+    for name in one.entries:
+        assert one.external(name).tobytes() == other.external(name).tobytes()
+
+
+def test_the_rows_of_an_architecture_run(tmp_path: Path) -> None:
+    """Export in place and copying: measured on the tiny model by the program itself."""
+    command = [sys.executable, ROOT / "benchmarks" / "compile.py", "-o", tmp_path]
+    command += ["--architecture", "tiny", "--only", "export_in_place,export_unet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads((tmp_path / "tiny" / "compile.json").read_text())["rows"]
+    assert [row["ok"] for row in rows.values()] == [True, True]
+    assert rows["export_unet"]["result"]["bytes_written"] > 1e5
+    assert done.stdout.count("\n| sdopt") == 2
+
+
+@pytest.mark.parametrize("architecture", PLANS)
+def test_rows_start_from_what_another_row_makes(architecture: str, tmp_path: Path) -> None:
+    rows = PLANS[architecture].rows(Places(tmp_path, tmp_path / "checkpoint"))
+    names = list(rows)
+    for index, row in enumerate(rows.values()):
+        assert all(name in names[:index] for name in (row.after, row.copies) if name)
+        assert row.result not in row.fresh or row.tool or "export" in row.name
