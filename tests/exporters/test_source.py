@@ -127,7 +127,7 @@ def test_fingerprints(pipeline: Path, pipeline_fp16: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionUpscalePipeline", None]
+    "name", ["FluxPipeline", "HunyuanDiTPipeline", "StableDiffusionUpscalePipeline", None]
 )
 def test_other_families_are_refused(copy: Path, name: str | None) -> None:
     edit(copy / "model_index.json", _class_name=name)

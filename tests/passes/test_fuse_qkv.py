@@ -108,7 +108,7 @@ def test_a_second_run_finds_nothing() -> None:
 
 
 def test_names_follow_the_checkpoint() -> None:
-    from sdopt.passes.fuse_qkv import _fused_name
+    from sdopt.passes._fused_linear import _fused_name
 
     names = [f"down.0.attn1.to_{one}.weight" for one in "qkv"]
     assert _fused_name(names, "qkv") == "down.0.attn1.to_qkv"
@@ -164,3 +164,71 @@ def test_any_width_and_type(heads: int, dim: int, width: int, half: bool) -> Non
     wanted = run(model, x)[0]
     apply(FuseQkv(), model)
     assert relative_l2(run(model, x)[0], wanted) < (5e-3 if half else 1e-6)
+
+
+def joint(norm: bool = True, k_of_c: str = "c", parts: str = "qkv") -> str:
+    """One attention over x and c together, as Stable Diffusion 3 has it; q and k normalized."""
+    lines = []
+    for one in "qkv":
+        for stream, source in (("x", "x"), ("c", k_of_c if one == "k" else "c")):
+            end = f"{stream}{one}"
+            lines += [
+                f"t{end} = Transpose<perm=[1,0]>(w{end})",
+                f"m{end} = MatMul({source}, t{end})",
+                f"r{end} = Reshape(m{end}, heads)",
+                f"s{end} = Transpose<perm=[0,2,1,3]>(r{end})",
+            ]
+            if norm and one != "v":
+                lines.append(f"h{end} = RMSNormalization<axis=-1, epsilon=1e-6>(s{end}, g{one})")
+            else:
+                lines.append(f"h{end} = Identity(s{end})")
+        both = f"hx{one}, hc{one}" if one in parts else f"hx{one}"
+        lines.append(f"j{one} = Concat<axis=2>({both})")
+    lines += ["a = Attention(jq, jk, jv)", "y = Transpose<perm=[0,2,1,3]>(a)"]
+    inputs = "float[B,S,8] x, float[B,T,8] c"
+    return f"g ({inputs}) => (float[B,U,2,4] y) {{\n" + "\n".join(lines) + "\n}"
+
+
+def joint_weights(norm: bool = True) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    made: dict[str, np.ndarray] = {"heads": np.array([0, 0, HEADS, DIM // HEADS])}
+    for end in [f"{stream}{one}" for stream in "xc" for one in "qkv"]:
+        made[f"w{end}"] = rng.standard_normal((DIM, DIM), np.float32)
+    for one in "qk" if norm else "":
+        made[f"g{one}"] = rng.standard_normal(DIM // HEADS, np.float32)
+    return made
+
+
+def joint_feeds(batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(batch)
+    shapes = {"x": (batch, 4 + batch, DIM), "c": (batch, 3, DIM)}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_joint_attention_gets_a_projection_for_each_stream(norm: bool) -> None:
+    model = model_of(joint(norm), joint_weights(norm))
+    before = {batch: run(model, joint_feeds(batch))[0] for batch in (1, 3)}
+    ctx = apply(FuseQkv(), model)
+    assert ctx.rewrites == {"joint_attention_qkv": 1}
+    assert (ops(model)["MatMul"], ops(model)["Split"]) == (2, 2)
+    for batch, wanted in before.items():
+        assert relative_l2(run(model, joint_feeds(batch))[0], wanted) < 1e-6
+    leaves(FuseQkv(), model)
+
+
+def test_a_stream_of_two_inputs_is_left_and_the_other_fused() -> None:
+    model = model_of(joint(k_of_c="x"), joint_weights())
+    ctx = apply(FuseQkv(), model)
+    assert "joint_attention_qkv" not in ctx.rewrites
+    (skip,) = ctx.skips
+    assert (skip.kind, "reads another input" in skip.reason) == ("joint_attention_qkv", True)
+    assert ops(model)["Split"] == 1
+
+
+def test_operands_of_different_parts_are_left() -> None:
+    model = model_of(joint(parts="kv"), joint_weights())
+    ctx = apply(FuseQkv(), model)
+    assert [one.kind for one in ctx.skips] == ["other_projections"]
+    assert "different numbers of parts" in ctx.skips[0].reason
+    assert "Split" not in ops(model)

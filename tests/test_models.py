@@ -1,0 +1,31 @@
+"""docs/models.md is what the models give today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import models
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_model_gives_what_the_page_says(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    found = models.describe(models.MODELS[name][1], tmp_path)
+    assert found == models.recorded()[name], f"run python -m tests.models {name}"
+
+
+def test_the_page_is_that_of_the_record() -> None:
+    known = models.recorded()
+    assert list(known) == list(models.MODELS)
+    assert models.PAGE.read_text("utf-8") == models.page(known)
+
+
+def test_every_family_is_among_them() -> None:
+    from sdopt.exporters.components import FAMILIES
+
+    titles = " ".join(title for title, _ in models.MODELS.values())
+    assert all(family.title.split(" ")[0] in titles for family in FAMILIES.values())
+    components = {part for one in models.recorded().values() for part in one.components}
+    assert components == {part.name for family in FAMILIES.values() for part in family.components}
