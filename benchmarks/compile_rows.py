@@ -147,12 +147,12 @@ def _sdxl(at: Places) -> Mapping[str, Row]:
     python = str(ROOT / ".venv-optimum" / "bin" / "python")
     script = str(ROOT / "benchmarks" / "optimum_unet.py")
     return _named(
-        _in_place(at, "unet", "export_in_place", "fp16"),
-        _export(at, "unet", bundle, "export_unet", "fp16", "export_in_place"),
+        _in_place(at, "unet", "export_in_place", "fp32"),
+        _export(at, "unet", bundle, "export_unet", "fp32", "export_in_place"),
         _optimize(bundle, "unet", "@fast", "optimize_fast", "export_unet"),
         Row(
             "optimum",
-            "optimum-onnx's exporter, UNet, fp16",
+            "optimum-onnx's exporter, UNet, fp32",
             (python, script, str(at.checkpoint), str(result)),
             result,
             fresh=(result.parent,),
@@ -206,7 +206,7 @@ def _sd35(at: Places) -> Mapping[str, Row]:
 
 PLANS: Mapping[str, Plan] = {
     "sd15": Plan("fp32", False, (), _sd15),
-    "sdxl": Plan("fp16", False, ("unet",), _sdxl),
+    "sdxl": Plan("fp32", False, ("unet",), _sdxl),
     "sd35-large": Plan("fp16", True, ("transformer", "text_encoder_3"), _sd35),
     "tiny": Plan("fp32", False, (), _sd15),
 }

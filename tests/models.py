@@ -12,64 +12,19 @@ import logging
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers import DDIMScheduler, LCMScheduler
-
 from sdopt import api
+from sdopt.bundle import Bundle
 from sdopt.errors import SdoptError
 from sdopt.report import Report, is_kind
-from tests.exporters import families, tiny
+from tests.exporters.made import MODELS
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 RECORD = Path(__file__).with_name("models.json")
-
-Make = Callable[[Path, Path], None]
-"""Writes a tiny pipeline to a folder, with a scratch folder for its tokenizers."""
-
-SCHEDULER = partial(DDIMScheduler, beta_schedule="scaled_linear", clip_sample=False)
-
-
-def _sd1(name: str, scheduler: Callable[[], Any] = SCHEDULER, **options: Any) -> Make:
-    def make(folder: Path, scratch: Path) -> None:
-        families.sd1(getattr(diffusers, name), folder, scratch, scheduler(), **options)
-
-    return make
-
-
-MODELS: Mapping[str, tuple[str, Make]] = {
-    "sd1": ("Stable Diffusion 1.x", tiny.save),
-    "sd1-inpaint": (
-        "1.x for inpainting, 9 channels",
-        _sd1("StableDiffusionInpaintPipeline", in_channels=9),
-    ),
-    "sd1-edit": (
-        "InstructPix2Pix, 8 channels",
-        _sd1("StableDiffusionInstructPix2PixPipeline", in_channels=8),
-    ),
-    "sd1-lcm": (
-        "Latent consistency model",
-        _sd1(
-            "LatentConsistencyModelPipeline",
-            partial(LCMScheduler, beta_schedule="scaled_linear"),
-            time_cond_proj_dim=32,
-        ),
-    ),
-    "sd2": ("Stable Diffusion 2.x, v prediction", families.sd2),
-    "sdxl": ("Stable Diffusion XL base", families.sdxl),
-    "sdxl-refiner": ("Stable Diffusion XL refiner", families.refiner),
-    "sd3": (
-        "Stable Diffusion 3",
-        partial(families.sd3, dual_attention_layers=(), qk_norm=None),
-    ),
-    "sd35": ("Stable Diffusion 3.5", families.sd3),
-}
-"""The models that are made: their title and how."""
 
 PASSES = ("@fast", "tome=2", "hoist", "deep_cache=3", "cfg_parallel", "cast_fp16", "quantize=w8")
 """What is tried; all but the first behind it."""
@@ -134,15 +89,16 @@ class Found:
     targets: dict[str, str]
 
 
-def describe(make: Make, scratch: Path) -> Found:
-    """Make a model, export it, run the passes, lower it for every target."""
-    make(scratch / "source", scratch / "tokenizers")
-    bundle = scratch / "bundle"
-    raw = api.export(scratch / "source", bundle)
+def describe(bundle: Path) -> Found:
+    """Run the passes over an exported model, and lower it for every target."""
     fast = api.optimize(bundle, "@fast")
-    nodes = {one.component: one.nodes for one in fast.components}
+    opened = Bundle.open(bundle)
+    raw = {
+        name: sum(1 for _ in opened.stage(name, "model").load().graph.all_nodes())
+        for name in opened.components
+    }
     return Found(
-        {one.component: (one.nodes, nodes[one.component]) for one in raw.components},
+        {one.component: (raw[one.component], one.nodes) for one in fast.components},
         {"@fast": _counts(fast, ()), **{name: _tried(bundle, name) for name in PASSES[1:]}},
         {name: _built(bundle, name, spec) for name, spec in TARGETS.items()},
     )
@@ -222,7 +178,10 @@ def everything(names: list[str]) -> Iterator[tuple[str, Found]]:
     """Each model in a folder of its own."""
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            yield name, describe(MODELS[name][1], Path(folder))
+            place = Path(folder)
+            MODELS[name][1](place / "source", place / "tokenizers")
+            api.export(place / "source", place / "bundle")
+            yield name, describe(place / "bundle")
 
 
 def main() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests import models
+from tests.exporters.made import copy_of
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_a_model_gives_what_the_page_says(name: str, tmp_path: Path) -> None:
+def test_a_model_gives_what_the_page_says(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     pytest.importorskip("tensorrt_rtx")
-    found = models.describe(models.MODELS[name][1], tmp_path)
+    found = models.describe(copy_of(name, tmp_path_factory)[1])
     assert found == models.recorded()[name], f"run python -m tests.models {name}"
 
 

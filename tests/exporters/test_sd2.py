@@ -18,6 +18,7 @@ from sdopt.session import Session
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
+from tests.exporters.made import copy_of
 
 SIZES = [(8, 8), (9, 13), (13, 23), (5, 3)]
 PROMPT, NEGATIVE = "ab a cab", "q"
@@ -26,17 +27,18 @@ IMAGE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd2") / "pipeline"
-    families.sd2(folder, tmp_path_factory.mktemp("tokenizer") / "files")
-    return folder
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return copy_of("sd2", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sd2") / "bundle"
-    api.export(source, path)
-    return path
+def source(both: tuple[Path, Path]) -> Path:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(both: tuple[Path, Path]) -> Path:
+    return both[1]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from sdopt.runtime.generate import generate
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
+from tests.exporters.made import copy_of
 
 SIZES = [(4, 4), (5, 7), (3, 2)]
 """In patches, of two latent pixels each."""
@@ -33,16 +34,18 @@ SD3 = {"dual_attention_layers": (), "qk_norm": None}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sd3") / "pipeline"
-    families.sd3(folder, tmp_path_factory.mktemp("tokenizer"))
-    return folder
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return copy_of("sd35", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sd3") / "bundle"
-    api.export(source, path)
+def source(both: tuple[Path, Path]) -> Path:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(both: tuple[Path, Path]) -> Path:
+    path = both[1]
     report = api.optimize(path, "@fast", require="attention=all,rms_norm=all,gelu=all")
     assert report.met
     assert families.fused(report) == {

@@ -24,6 +24,7 @@ from sdopt.runtime.generate import generate
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
+from tests.exporters.made import copy_of
 
 SIZES = [(8, 8), (9, 13), (5, 3)]
 IMAGE = 2e-5
@@ -32,16 +33,18 @@ COMPONENTS = ["text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_deco
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdxl") / "pipeline"
-    families.sdxl(folder, tmp_path_factory.mktemp("tokenizer"))
-    return folder
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return copy_of("sdxl", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sdxl") / "bundle"
-    api.export(source, path)
+def source(both: tuple[Path, Path]) -> Path:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(both: tuple[Path, Path]) -> Path:
+    path = both[1]
     report = api.optimize(path, "@fast", require="attention=all,geglu=all")
     assert report.met
     assert families.fused(report) == {
@@ -162,11 +165,9 @@ def test_a_missing_second_encoder_is_named(bundle: Path, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def refiner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("refiner")
-    families.refiner(root / "source", root / "tokenizer")
-    api.export(root / "source", root / "bundle")
-    api.optimize(root / "bundle", "@fast")
-    return root / "source", root / "bundle"
+    source, bundle = copy_of("sdxl-refiner", tmp_path_factory)
+    api.optimize(bundle, "@fast")
+    return source, bundle
 
 
 def test_the_refiner_takes_a_score(refiner: tuple[Path, Path]) -> None:

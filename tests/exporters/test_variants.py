@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from diffusers import (
-    DDIMScheduler,
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
-    LCMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
 )
@@ -27,24 +24,17 @@ from sdopt.runtime.generate import generate
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP32, distance
+from tests.exporters.made import NOISE, copy_of
 
-SCHEDULER = partial(
-    DDIMScheduler,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
 
 
-def made(cls: Any, root: Path, scheduler: Any, **options: Any) -> tuple[Path, Path]:
+def made(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pipeline's folder and its bundle, optimized."""
-    families.sd1(cls, root / "source", root / "tokenizer", scheduler, **options)
-    api.export(root / "source", root / "bundle")
-    api.optimize(root / "bundle", "@fast")
-    return root / "source", root / "bundle"
+    source, bundle = copy_of(name, factory)
+    api.optimize(bundle, "@fast")
+    return source, bundle
 
 
 def picture(seed: int) -> Image.Image:
@@ -54,15 +44,12 @@ def picture(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def inpaint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("inpaint")
-    return made(StableDiffusionInpaintPipeline, root, SCHEDULER(), in_channels=9)
+    return made("sd1-inpaint", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def consistency(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    scheduler = LCMScheduler(beta_schedule="scaled_linear")
-    root = tmp_path_factory.mktemp("lcm")
-    return made(LatentConsistencyModelPipeline, root, scheduler, time_cond_proj_dim=32)
+    return made("sd1-lcm", tmp_path_factory)
 
 
 def check_unet(source: Path, bundle: Path, **dims: int) -> None:
@@ -125,5 +112,5 @@ def test_a_negative_prompt_where_there_is_none(consistency: tuple[Path, Path]) -
 
 def test_eight_channels_are_taken_too(tmp_path: Path) -> None:
     cls = StableDiffusionInstructPix2PixPipeline
-    families.sd1(cls, tmp_path / "source", tmp_path / "tokenizer", SCHEDULER(), in_channels=8)
+    families.sd1(cls, tmp_path / "source", tmp_path / "tokenizer", NOISE(), in_channels=8)
     assert "unet" in DiffusersSource(tmp_path / "source").component_names()

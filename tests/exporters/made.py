@@ -1,0 +1,88 @@
+"""Tiny pipelines of every family and their exports, made once for a whole run of the tests."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import DDIMScheduler, LCMScheduler
+
+from sdopt import api
+from tests.exporters import families, tiny
+
+Make = Callable[[Path, Path], None]
+"""Writes a pipeline to a folder that is not there yet, given one for its tokenizers."""
+
+NOISE = partial(
+    DDIMScheduler,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+
+
+def _sd1(name: str, scheduler: Callable[[], Any] = NOISE, **options: Any) -> Make:
+    def make(folder: Path, scratch: Path) -> None:
+        families.sd1(getattr(diffusers, name), folder, scratch, scheduler(), **options)
+
+    return make
+
+
+MODELS: Mapping[str, tuple[str, Make]] = {
+    "sd1": ("Stable Diffusion 1.x", tiny.save),
+    "sd1-inpaint": (
+        "1.x for inpainting, 9 channels",
+        _sd1("StableDiffusionInpaintPipeline", in_channels=9),
+    ),
+    "sd1-lcm": (
+        "Latent consistency model",
+        _sd1(
+            "LatentConsistencyModelPipeline",
+            partial(LCMScheduler, beta_schedule="scaled_linear"),
+            time_cond_proj_dim=32,
+        ),
+    ),
+    "sd2": ("Stable Diffusion 2.x, v prediction", families.sd2),
+    "sdxl": ("Stable Diffusion XL base", families.sdxl),
+    "sdxl-refiner": ("Stable Diffusion XL refiner", families.refiner),
+    "sd3": (
+        "Stable Diffusion 3",
+        partial(families.sd3, dual_attention_layers=(), qk_norm=None),
+    ),
+    "sd35": ("Stable Diffusion 3.5", families.sd3),
+}
+"""The title of each, and how it is made."""
+
+
+def once(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a pipeline and its bundle as exported; for all tests, to look at only.
+
+    Tracing takes seconds, so the processes that share a run of the tests share these too.
+    """
+    root = factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "families"
+    root.mkdir(exist_ok=True)
+    source, bundle = root / name / "source", root / name / "bundle"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name / "done").is_file():
+            MODELS[name][1](source, root / name / "tokenizers")
+            api.export(source, bundle)
+            (root / name / "done").touch()
+    return source, bundle
+
+
+def copy_of(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same, the bundle as a copy that may be optimized and changed."""
+    source, bundle = once(name, factory)
+    copy = factory.mktemp(name) / "bundle"
+    shutil.copytree(bundle, copy)
+    return source, copy
