@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 
 from sdopt.errors import MissingDependencyError, SourceError, UnknownNameError, UsageError
 from sdopt.exporters.components import COMPONENTS
+from sdopt.exporters.ports import Component
 from sdopt.runtime.quiet import quiet
 from sdopt.spec import suggest
 
+_DOWN = "down_block_additional_residuals."
 Compute = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -44,7 +47,12 @@ def module(folder: Path, name: str) -> Compute:
     try:
         with quiet():
             import torch
-            from diffusers import AutoencoderKL, UNet2DConditionModel
+            from diffusers import (
+                AutoencoderKL,
+                AutoencoderTiny,
+                ControlNetModel,
+                UNet2DConditionModel,
+            )
             from transformers import CLIPTextModel, CLIPTextModelWithProjection
     except ImportError as error:
         raise MissingDependencyError(
@@ -55,6 +63,8 @@ def module(folder: Path, name: str) -> Compute:
     component = COMPONENTS[name]
     classes: dict[str, Any] = {
         "AutoencoderKL": AutoencoderKL,
+        "AutoencoderTiny": AutoencoderTiny,
+        "ControlNetModel": ControlNetModel,
         "UNet2DConditionModel": UNet2DConditionModel,
         "CLIPTextModel": CLIPTextModel,
         "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
@@ -65,7 +75,7 @@ def module(folder: Path, name: str) -> Compute:
     )
     try:
         with quiet():
-            network = classes[component.class_name].from_pretrained(
+            network = classes[_class_name(place, component)].from_pretrained(
                 place, use_safetensors=True, variant=None if plain else "fp16"
             )
     except (OSError, ValueError) as error:
@@ -97,6 +107,15 @@ def module(folder: Path, name: str) -> Compute:
     return run
 
 
+def _class_name(place: Path, component: Component) -> str:
+    """The class that the folder was saved from, where it is one of the component's."""
+    try:
+        found = json.loads((place / "config.json").read_bytes()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return component.class_name  # whose own loader says what is wrong with the file
+    return found if found in component.also else component.class_name
+
+
 def _text_encoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     found = network(input_ids=feeds["input_ids"])
     return {
@@ -115,11 +134,26 @@ def _text_encoder_of_xl(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any
 def _unet(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(feeds)
     added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+    if down := sorted(
+        (n for n in given if n.startswith(_DOWN)), key=lambda n: int(n[len(_DOWN) :])
+    ):
+        given[_DOWN[:-1]] = [given.pop(name) for name in down]
     return {"out_sample": network(**given, added_cond_kwargs=added, return_dict=False)[0]}
 
 
+def _controlnet(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(feeds)
+    added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+    down, mid = network(**given, added_cond_kwargs=added, return_dict=False)
+    found = {f"down_block_res_samples.{index}": one for index, one in enumerate(down)}
+    return {**found, "mid_block_res_sample": mid}
+
+
 def _vae_encoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    return {"latent_parameters": network.encode(feeds["sample"]).latent_dist.parameters}
+    found = network.encode(feeds["sample"])
+    if "latents" in found:
+        return {"latent_sample": found.latents}
+    return {"latent_parameters": found.latent_dist.parameters}
 
 
 def _vae_decoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +163,7 @@ def _vae_decoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
 _CALLS: Mapping[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder_of_xl,
+    "controlnet": _controlnet,
     "unet": _unet,
     "vae_encoder": _vae_encoder,
     "vae_decoder": _vae_decoder,

@@ -6,112 +6,12 @@ that its pipelines run on a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
-from sdopt.errors import SourceError
+from sdopt.exporters import residuals
+from sdopt.exporters.ports import Component, Port
 from sdopt.passes.base import Role
-
-Kind = Literal["weights", "float32", "int64"]
-"""A port's dtype; ``weights`` is whatever dtype the component is exported in."""
-
-SAMPLE_SIZES: Mapping[str, int] = {
-    "batch_size": 2,
-    "sequence_length": 11,
-    "height": 13,
-    "width": 23,
-    "latent_height": 13,
-    "latent_width": 23,
-    "sample_height": 107,
-    "sample_width": 189,
-}
-"""The dynamic dimensions and the sizes they are traced at.
-
-All odd: at a latent that is no multiple of 8, diffusers passes every skip's size to its
-upsamplers, so the traced graph is right at every size.
-"""
-
-
-@dataclass(frozen=True)
-class Port:
-    """One input or output.
-
-    Attributes:
-        name: its name in the graph.
-        dims: per axis a dynamic dimension (a key of ``SAMPLE_SIZES``) or the key of the
-            component's configuration that holds the size, or one of ``_COMPUTED``; empty for a
-            scalar.
-        kind: its dtype.
-        needs: what the configuration must say for the port to be there: ``key`` is not null, or
-            ``key=value``; empty for a port that always is.
-        each: the key of a number of layers: then there is one port before the first and one after
-            each, ``name.0`` and so on.
-    """
-
-    name: str
-    dims: tuple[str, ...]
-    kind: Kind = "weights"
-    needs: str = ""
-    each: str = ""
-
-    def of(self, config: Mapping[str, Any]) -> tuple[Port, ...]:
-        """The ports that this entry of the table means for a configuration: none, one, several.
-
-        Raises:
-            SourceError: the configuration does not say how many layers there are.
-        """
-        key, _, value = self.needs.partition("=")
-        found = config.get(key)
-        if key and (found != value if value else found is None):
-            return ()
-        if not self.each:
-            return (self,)
-        count = _size(config, self.each) + 1
-        return tuple(replace(self, name=f"{self.name}.{i}", each="") for i in range(count))
-
-    def dynamic_axes(self) -> dict[int, str]:
-        """Axis to symbolic name, for the dynamic axes."""
-        return {axis: dim for axis, dim in enumerate(self.dims) if dim in SAMPLE_SIZES}
-
-    def sample_shape(self, config: Mapping[str, Any]) -> list[int]:
-        """The shape that the port is traced at.
-
-        Raises:
-            SourceError: the configuration does not say a size that the port needs.
-        """
-        return [SAMPLE_SIZES.get(dim) or _size(config, dim) for dim in self.dims]
-
-
-@dataclass(frozen=True)
-class Component:
-    """One graph of a bundle and the folder of the pipeline that it is made from.
-
-    Attributes:
-        name: its folder in a bundle.
-        folder: its folder in a diffusers pipeline.
-        role: what it is for.
-        class_name: the class of diffusers or transformers that it is built from.
-        inputs: in order.
-        outputs: in order.
-    """
-
-    name: str
-    folder: str
-    role: Role
-    class_name: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-
-    def of(self, config: Mapping[str, Any]) -> Component:
-        """The component with the ports that a configuration gives it.
-
-        Raises:
-            SourceError: the configuration does not say how many layers there are.
-        """
-        inputs = tuple(port for entry in self.inputs for port in entry.of(config))
-        outputs = tuple(port for entry in self.outputs for port in entry.of(config))
-        return replace(self, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -158,25 +58,54 @@ _TEXT_ENCODER_2 = Component(
         _EACH_STATE,
     ),
 )
+_STEP = (
+    Port("sample", ("batch_size", "in_channels", "height", "width")),
+    # Always float32: half precision cannot tell the timesteps above 2048 apart.
+    Port("timestep", (), "float32"),
+    Port("encoder_hidden_states", (*_TOKENS, "cross_attention_dim")),
+)
+_ADDED = (
+    # Stable Diffusion XL: the projected prompt, and sizes in pixels, in float32 as half
+    # precision has no odd numbers above 2048.
+    Port("text_embeds", ("batch_size", "text_embeds"), needs=_TEXT_TIME),
+    Port("time_ids", ("batch_size", "time_ids"), "float32", needs=_TEXT_TIME),
+)
+_CONTROLNET = Component(
+    "controlnet",
+    "controlnet",
+    Role.CONTROLNET,
+    "ControlNetModel",
+    (
+        *_STEP,
+        Port(
+            "controlnet_cond",
+            ("batch_size", "conditioning_channels", "sample_height", "sample_width"),
+        ),
+        Port("conditioning_scale", (), "float32"),
+        *_ADDED,
+    ),
+    (
+        Port("down_block_res_samples", (), each="down_residuals"),
+        Port("mid_block_res_sample", (), each="mid_residual"),
+    ),
+)
 _UNET = Component(
     "unet",
     "unet",
     Role.DENOISER,
     "UNet2DConditionModel",
     (
-        Port("sample", ("batch_size", "in_channels", "height", "width")),
-        # Always float32: half precision cannot tell the timesteps above 2048 apart.
-        Port("timestep", (), "float32"),
-        Port("encoder_hidden_states", (*_TOKENS, "cross_attention_dim")),
-        # Stable Diffusion XL: the projected prompt, and sizes in pixels, in float32 as half
-        # precision has no odd numbers above 2048.
-        Port("text_embeds", ("batch_size", "text_embeds"), needs=_TEXT_TIME),
-        Port("time_ids", ("batch_size", "time_ids"), "float32", needs=_TEXT_TIME),
+        *_STEP,
+        *_ADDED,
         # Latent consistency models take the scale of guidance so.
         Port("timestep_cond", ("batch_size", "time_cond_proj_dim"), needs="time_cond_proj_dim"),
+        # In a pipeline with a ControlNet: its outputs, in its order, called as diffusers does.
+        Port("down_block_additional_residuals", (), needs=residuals.WANTED, each="down_residuals"),
+        Port("mid_block_additional_residual", (), needs=residuals.WANTED, each="mid_residual"),
     ),
     (Port("out_sample", ("batch_size", "out_channels", "height", "width")),),
 )
+_LATENT = ("batch_size", "latent_channels", "latent_height", "latent_width")
 _VAE_ENCODER = Component(
     "vae_encoder",
     "vae",
@@ -188,16 +117,21 @@ _VAE_ENCODER = Component(
         Port(
             "latent_parameters",
             ("batch_size", "2*latent_channels", "latent_height", "latent_width"),
+            needs="_class_name=AutoencoderKL",
         ),
+        # The tiny one gives the latents themselves.
+        Port("latent_sample", _LATENT, needs="_class_name=AutoencoderTiny"),
     ),
+    ("AutoencoderTiny",),
 )
 _VAE_DECODER = Component(
     "vae_decoder",
     "vae",
     Role.VAE_DECODER,
     "AutoencoderKL",
-    (Port("latent_sample", ("batch_size", "latent_channels", "latent_height", "latent_width")),),
+    (Port("latent_sample", _LATENT),),
     (Port("sample", ("batch_size", "out_channels", "sample_height", "sample_width")),),
+    ("AutoencoderTiny",),
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -211,8 +145,11 @@ FAMILIES: Mapping[str, Family] = {
             "StableDiffusionInstructPix2PixPipeline",
             "LatentConsistencyModelPipeline",
             "LatentConsistencyModelImg2ImgPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
         ),
-        (_TEXT_ENCODER, _UNET, _VAE_ENCODER, _VAE_DECODER),
+        (_TEXT_ENCODER, _CONTROLNET, _UNET, _VAE_ENCODER, _VAE_DECODER),
     ),
     "sdxl": Family(
         "Stable Diffusion XL",
@@ -220,8 +157,11 @@ FAMILIES: Mapping[str, Family] = {
             "StableDiffusionXLPipeline",
             "StableDiffusionXLImg2ImgPipeline",
             "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
         ),
-        (_TEXT_ENCODER_XL, _TEXT_ENCODER_2, _UNET, _VAE_ENCODER, _VAE_DECODER),
+        (_TEXT_ENCODER_XL, _TEXT_ENCODER_2, _CONTROLNET, _UNET, _VAE_ENCODER, _VAE_DECODER),
     ),
 }
 """What can be exported; 1.x and 2.x share classes and ports, XL's base and refiner as well."""
@@ -244,39 +184,3 @@ def supported() -> str:
     return "supported are " + "; ".join(
         f"{one.title} ({', '.join(one.pipelines)})" for one in FAMILIES.values()
     )
-
-
-def _time_ids(config: Mapping[str, Any]) -> int:
-    """How many numbers XL's ``time_ids`` are: 6 sizes, or the refiner's 4 and a score.
-
-    The refiner is the UNet whose one text encoder gives both the states and the embedding, of
-    one width (1280; the base's states are both encoders', 2048).
-    """
-    embedded = _size(config, "projection_class_embeddings_input_dim")
-    five = embedded - 5 * _size(config, "addition_time_embed_dim")
-    return 5 if five == _size(config, "cross_attention_dim") else 6
-
-
-def _text_embeds(config: Mapping[str, Any]) -> int:
-    """The width of XL's ``text_embeds``: what is left of the added embedding."""
-    embedded = _size(config, "projection_class_embeddings_input_dim")
-    return embedded - _time_ids(config) * _size(config, "addition_time_embed_dim")
-
-
-_COMPUTED: Mapping[str, Callable[[Mapping[str, Any]], int]] = {
-    "2*latent_channels": lambda config: 2 * _size(config, "latent_channels"),
-    "time_ids": _time_ids,
-    "text_embeds": _text_embeds,
-}
-"""Sizes that a configuration holds under no key of their own."""
-
-
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = _COMPUTED[key](config) if key in _COMPUTED else config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SourceError(
-            f"the configuration's {key} is {value!r}, a positive whole number is needed",
-            where="config.json",
-            hint=supported(),
-        )
-    return value

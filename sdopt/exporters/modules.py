@@ -9,46 +9,22 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdopt.errors import SourceError
-from sdopt.exporters.components import Component
-
-Config = Mapping[str, Any]
+from sdopt.exporters import residuals
+from sdopt.exporters.controlnet import ControlNet
+from sdopt.exporters.network import Config, Network
+from sdopt.exporters.ports import Component
 
 BUFFERS: Mapping[str, Callable[[tuple[int, ...]], np.ndarray]] = {
     "position_ids": lambda shape: np.arange(shape[-1], dtype=np.int64).reshape(shape),
 }
 """Values of buffers that no checkpoint holds, by last name: under fake mode torch knows none."""
-
-
-class Network(torch.nn.Module):
-    """A network that takes and returns its component's ports in order.
-
-    Attributes:
-        prefix: what its parameters' names carry beyond their names in a checkpoint.
-        config: the whole configuration, defaults filled in.
-        mode: the mode under which its parameters have shapes but no values.
-    """
-
-    prefix = ""
-    config: Config
-    mode: FakeTensorMode
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight that a checkpoint must hold, by its name there."""
-        state = self.state_dict()
-        return {name.removeprefix(self.prefix): tuple(t.shape) for name, t in state.items()}
-
-    def tied(self) -> list[tuple[str, ...]]:
-        """The names of parameters that are one and the same tensor, in groups."""
-        groups: dict[int, list[str]] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name.removeprefix(self.prefix))
-        return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
 class TextEncoder(Network):
@@ -99,8 +75,10 @@ class Unet(Network):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.model = UNet2DConditionModel.from_config(dict(config))
-        self.config = dict(self.model.config)
+        wanted = config.get(residuals.WANTED)
+        own = {key: value for key, value in config.items() if key != residuals.WANTED}
+        self.model = UNet2DConditionModel.from_config(own)
+        self.config = {**self.model.config, residuals.WANTED: wanted}
 
     def forward(
         self,
@@ -110,11 +88,14 @@ class Unet(Network):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
+        down_block_additional_residuals: list[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[B, C, H, W]``, a scalar and ``[B, S, E]`` to ``[B, 4, H, W]``.
 
         Where the network takes them, ``text_embeds`` is ``[B, P]``, ``time_ids`` ``[B, 6]`` or
-        ``[B, 5]``, and ``timestep_cond`` ``[B, G]`` the embedded scale of guidance.
+        ``[B, 5]``, ``timestep_cond`` ``[B, G]`` the embedded scale of guidance, and the residuals
+        ``[B, C, H, W]`` of each level are a ControlNet's.
         """
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.model(
@@ -123,36 +104,47 @@ class Unet(Network):
             encoder_hidden_states,
             timestep_cond=timestep_cond,
             added_cond_kwargs=added,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
             return_dict=False,
         )
         result: torch.Tensor = output[0]
         return result
 
 
+def _autoencoder(config: Config) -> tuple[Any, Config]:
+    """The whole autoencoder, of the class that its configuration names, and its configuration."""
+    name = "AutoencoderTiny" if config.get("_class_name") == "AutoencoderTiny" else "AutoencoderKL"
+    classes: Mapping[str, Any] = {
+        "AutoencoderKL": AutoencoderKL,
+        "AutoencoderTiny": AutoencoderTiny,
+    }
+    model = classes[name].from_config(dict(config))
+    return model, {**model.config, "_class_name": name}
+
+
 class VaeEncoder(Network):
-    """The encoder half of AutoencoderKL, up to the moments."""
+    """The encoder half of AutoencoderKL, up to the moments, or of AutoencoderTiny."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model = AutoencoderKL.from_config(dict(config))
-        self.config = dict(model.config)
+        model, self.config = _autoencoder(config)
         self.encoder = model.encoder
-        self.quant_conv = model.quant_conv or torch.nn.Identity()
+        self.quant_conv = getattr(model, "quant_conv", None) or torch.nn.Identity()
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, 8h, 8w]`` to mean and log-variance ``[B, 8, h, w]``."""
+        """``[B, 3, 8h, 8w]`` to mean and log-variance ``[B, 8, h, w]``; tiny: ``[B, 4, h, w]``."""
         result: torch.Tensor = self.quant_conv(self.encoder(sample))
         return result
 
 
 class VaeDecoder(Network):
-    """The decoder half of AutoencoderKL."""
+    """The decoder half of AutoencoderKL or AutoencoderTiny."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model = AutoencoderKL.from_config(dict(config))
-        self.config = dict(model.config)
-        self.post_quant_conv = model.post_quant_conv or torch.nn.Identity()
+        model, self.config = _autoencoder(config)
+        self.post_quant_conv = getattr(model, "post_quant_conv", None) or torch.nn.Identity()
         self.decoder = model.decoder
 
     def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
@@ -170,6 +162,7 @@ TORCH_DTYPES = {
 _NETWORKS: Mapping[str, Callable[[Config], Network]] = {
     "text_encoder": TextEncoder,
     "text_encoder_2": TextEncoder2,
+    "controlnet": ControlNet,
     "unet": Unet,
     "vae_encoder": VaeEncoder,
     "vae_decoder": VaeDecoder,

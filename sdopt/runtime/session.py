@@ -15,6 +15,7 @@ from sdopt.session import Session
 PURPOSE = {
     "text_encoder": "it turns the prompts into numbers",
     "text_encoder_2": "it turns the prompts into numbers, too",
+    "controlnet": "it turns the control image into what the UNet adds",
     "unet": "it denoises",
     "vae_encoder": "image-to-image encodes the start image with it",
     "vae_decoder": "it turns the result into pixels",
@@ -53,7 +54,12 @@ def opener(target: str) -> Opener:
 
 
 def choose_stages(
-    bundle: Bundle, target: Opener, stage: str | None, *, image_to_image: bool
+    bundle: Bundle,
+    target: Opener,
+    stage: str | None,
+    *,
+    image_to_image: bool,
+    control: bool = False,
 ) -> dict[str, Stage]:
     """The stage to run of each component that is needed.
 
@@ -68,6 +74,8 @@ def choose_stages(
     without = _WITHOUT.get(bundle.manifest.family, _WITHOUT_BY_DEFAULT)
     if not image_to_image:
         without = (*without, "vae_encoder")
+    if not control:
+        without = (*without, "controlnet")
     needed = [name for name in PURPOSE if name not in without]
     for name in needed:
         if name not in bundle.components or not bundle.stages(name):
