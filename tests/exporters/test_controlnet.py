@@ -26,9 +26,11 @@ from PIL import Image
 import sdopt
 from sdopt import api
 from sdopt.bundle import Bundle
+from sdopt.compare import compare
 from sdopt.errors import SourceError, UsageError
 from sdopt.exporters import DiffusersSource
 from sdopt.runtime.generate import generate
+from sdopt.runtime.scheduled import open_stage
 from sdopt.session import Session
 from sdopt.targets.ort import Ort
 from tests.exporters import families
@@ -288,3 +290,79 @@ def test_what_is_no_controlnet_is_named(sd: Made, tmp_path: Path) -> None:
 def test_guess_mode_is_refused(sd: Made) -> None:
     with pytest.raises(UsageError, match="guess_mode"):
         sdopt.load_pipeline(sd.bundle)("ab", image=hint(), guess_mode=True)
+
+
+def test_passes_take_the_unet_that_adds_residuals(sd: Made) -> None:
+    report = api.optimize(
+        sd.bundle,
+        "@fast,tome=1,hoist,deep_cache=2",
+        stage="deep",
+        components=["controlnet", "unet"],
+        require="shallow_graph=1",
+    )
+    assert report.met
+    done = {one.component: {p.spec: p.rewrites for p in one.passes} for one in report.components}
+    assert done["unet"]["tome=1"] == {"self_attention": 1}
+    assert done["controlnet"]["hoist"]["prompt_value"] > 0
+    path = Bundle.open(sd.bundle).stage("unet", "deep").path
+    session = open_stage(Ort(), path)
+    assert list(session.inputs) == sd.names("unet")[0]
+    plain = open_stage(Ort(), Bundle.open(sd.bundle).stage("unet", "optimized").path)
+    feeds = feeds_of("sd", (16, 24), 1)
+    feeds |= residuals((16, 24), feeds["sample"].shape[0])
+    later = {**feeds, "timestep": feeds["timestep"] - 1}
+    arrays = [{name: one.numpy() for name, one in each.items()} for each in (feeds, later)]
+    first, shallow = (session.run(one)["out_sample"] for one in arrays)
+    # Merging tokens changes some; the shallow step still gets the residuals of its level.
+    want = [torch.from_numpy(plain.run(one)["out_sample"]) for one in arrays]
+    assert distance(first, want[0]) < 0.05
+    assert distance(shallow, want[1]) < 0.05
+    without = {
+        **arrays[1],
+        **{name: 0 * one for name, one in arrays[1].items() if "resid" in name},
+    }
+    assert distance(plain.run(without)["out_sample"], want[1]) > 0.1
+
+
+@pytest.mark.parametrize("passes", ["@fast,hoist", "@fast,cfg_parallel"])
+def test_stages_with_other_inputs_draw_the_same(sd: Made, passes: str) -> None:
+    stage = passes.rpartition(",")[2]
+    api.optimize(sd.bundle, passes, stage=stage, components=["controlnet", "unet"])
+    ours = sdopt.load_pipeline(sd.bundle, stage=stage)
+    plain = sdopt.load_pipeline(sd.bundle, stage="optimized")
+    options: dict[str, Any] = {"image": hint(), "width": 104, "height": 72}
+    found = [families.latents(one, "ab a", **options) for one in (ours, plain)]
+    assert distance(found[0].numpy(), found[1]) <= IMAGE
+
+
+def test_targets_take_both_graphs(made: Made, tmp_path: Path) -> None:
+    both: dict[str, Any] = {"components": ["controlnet", "unet"]}
+    api.build(made.bundle, "ort", **both)
+    (one,) = generate(made.bundle, ["ab"], control=hint(), steps=2, seed=4)
+    assert {one.stages["controlnet"], one.stages["unet"]} == {"ort_cpu"}
+    for target, shapes in (
+        ("atc:soc=Ascend310P3:dtype=fp16", "64x72"),
+        ("tpu", "64x72,64x64"),
+        ("trt:dtype=fp16", "64x64..128x128"),
+    ):
+        report = api.build(made.bundle, target, shapes=shapes, emit_only=True, **both)
+        assert len(report.components) == 2
+    pytest.importorskip("tensorrt_rtx")
+    api.build(made.bundle, "trt_rtx:dtype=fp16", shapes="64x64..128x128", check=True, **both)
+
+
+def test_parts_of_a_size_follow_it(sd: Made) -> None:
+    passes = "fix_shapes=batch_size@2+height@9+width@13+sequence_length@77"
+    api.optimize(sd.bundle, passes, stage="fixed", components=["unet"])
+    graph = Bundle.open(sd.bundle).stage("unet", "fixed").load().graph
+    shapes = {str(value.name): list(value.shape or ()) for value in graph.inputs}
+    assert shapes["down_block_additional_residuals.2"] == [2, 8, 5, 7]
+    assert shapes["mid_block_additional_residual"] == [2, 16, 3, 4]
+
+
+def test_compare_knows_both(made: Made, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(made.source, whole)
+    shutil.copytree(made.control, whole / "controlnet")
+    for component in ("controlnet", "unet"):
+        assert compare(whole, f"{made.bundle}@optimized", components=[component]).passed
