@@ -88,6 +88,7 @@ _CONTROLNET = Component(
         Port("down_block_res_samples", (), each="down_residuals"),
         Port("mid_block_res_sample", (), each="mid_residual"),
     ),
+    optional=True,
 )
 _UNET = Component(
     "unet",

@@ -106,9 +106,10 @@ class Component:
         folder: its folder in a diffusers pipeline.
         role: what it is for.
         class_name: the class of diffusers or transformers that it is built from.
-        also: other classes that it may be instead.
         inputs: in order.
         outputs: in order.
+        also: other classes that it may be instead.
+        optional: whether a whole pipeline may do without it.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Component:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     also: tuple[str, ...] = ()
+    optional: bool = False
 
     def of(self, config: Mapping[str, Any]) -> Component:
         """The component with the ports that a configuration gives it.

@@ -28,7 +28,7 @@ from sdopt import api
 from sdopt.bundle import Bundle
 from sdopt.compare import compare
 from sdopt.errors import SourceError, UsageError
-from sdopt.exporters import DiffusersSource
+from sdopt.exporters import DiffusersSource, lowering, trace
 from sdopt.runtime.generate import generate
 from sdopt.runtime.scheduled import open_stage
 from sdopt.session import Session
@@ -63,6 +63,19 @@ class Made:
         api.export(self.source, self.bundle, controlnet=self.control)
         self.report = api.optimize(self.bundle, "@fast", require="attention=all,geglu=all")
         api.optimize(self.bundle, "@fast_fp16", stage="fp16", components=["controlnet", "unet"])
+
+    def lowered(self, component: str) -> bool:
+        """Whether an export does without torch's own decomposition, which takes long."""
+        done: list[bool] = []
+
+        def spy(program: torch.export.ExportedProgram) -> bool:
+            done.append(lowering.lower(program))
+            return done[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trace, "lower", spy)
+            DiffusersSource(self.source, self.control).export(component)
+        return done == [True]
 
     def session(self, component: str, stage: str) -> Session:
         return Ort().open(Bundle.open(self.bundle).stage(component, stage).path)
@@ -268,6 +281,11 @@ def test_a_controlnet_of_another_model_is_named(sd: Made, tmp_path: Path) -> Non
         (other / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(SourceError, match=words):
             DiffusersSource(sd.source, other)
+
+
+@pytest.mark.parametrize("component", ["controlnet", "unet"])
+def test_neither_needs_torchs_decomposition(sd: Made, component: str) -> None:
+    assert sd.lowered(component)
 
 
 def test_what_is_no_controlnet_is_named(sd: Made, tmp_path: Path) -> None:
