@@ -259,6 +259,9 @@ def test_a_whole_pipeline_with_its_controlnet(sd: Made, tmp_path: Path) -> None:
     assert "controlnet" in source.component_names()
     taken = [str(value.name) for value in source.export("unet").model.graph.inputs]
     assert taken == sd.names("unet")[0]
+    api.export(tmp_path / "whole", in_place=True, components=["controlnet"])
+    assert (tmp_path / "whole/controlnet/model.onnx").is_file()
+    assert not list((tmp_path / "whole/controlnet").glob("*.onnx_data"))
     plain = DiffusersSource(sd.source).fingerprint("unet")
     assert DiffusersSource(sd.source, sd.control).fingerprint("unet") != plain
 
