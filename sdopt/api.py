@@ -46,6 +46,7 @@ def export(
     dtype: str | None = None,
     in_place: bool = False,
     opset: int | None = None,
+    controlnet: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Export a diffusers folder or Hugging Face Hub id to a bundle of canonical graphs.
@@ -58,6 +59,7 @@ def export(
         in_place: write only the graphs, beside the checkpoint, pointing into its files.
         opset: also write each as plain ONNX of this opset, 11 to 25, on the same weights: short
             for ``build`` with the target ``onnx:opset=N``.
+        controlnet: a ControlNet's folder or Hub id; the UNet's graph then takes its residuals.
         progress: is told what is being done.
 
     Raises:
@@ -66,7 +68,13 @@ def export(
     plain = registry.make("targets", f"onnx:opset={opset}") if opset is not None else None
     tell = part(progress, 0, 2) if plain is not None else progress
     report = _export(
-        source, output, components=components, dtype=dtype, in_place=in_place, progress=tell
+        source,
+        output,
+        components=components,
+        dtype=dtype,
+        in_place=in_place,
+        controlnet=controlnet,
+        progress=tell,
     )
     if plain is not None:
         tell = part(progress, 1, 2)

@@ -129,7 +129,7 @@ def _profiles(stage: Stage, request: Request) -> list[dict[str, list[Extent]]]:
         for value in stage.load().graph.inputs
     }
     role, where = Role(stage.record.role), stage.component
-    doubled, pixels = role is Role.DENOISER, role is Role.MODEL
+    doubled, pixels = role in (Role.DENOISER, Role.CONTROLNET), role is Role.MODEL
     found = request.profiles(inputs, doubled=doubled, pixels=pixels, where=where)
     return [one for i, one in enumerate(found) if one not in found[:i]]
 

@@ -27,6 +27,7 @@ def export(
     components: Sequence[str] | None = None,
     dtype: str | None = None,
     in_place: bool = False,
+    controlnet: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Export a diffusers folder or Hugging Face Hub id to a bundle; see ``sdopt.api.export``.
@@ -39,7 +40,14 @@ def export(
 
     start = time.perf_counter()
     folder = resolve(str(source), dtype, components)
-    opened = DiffusersSource(folder)
+    if in_place and controlnet is not None:
+        raise UsageError(
+            "--in-place takes no --controlnet",
+            why="the ControlNet's weights lie in another folder than the pipeline's",
+            hint="export with -o BUNDLE, or save both as one pipeline with diffusers",
+        )
+    beside = resolve(str(controlnet), dtype, ["controlnet"]) if controlnet is not None else None
+    opened = DiffusersSource(folder, beside)
     names = list(components or opened.component_names())
     keys = {name: _key(opened, name, dtype, in_place) for name in names}
     root = _root(folder, output, in_place)

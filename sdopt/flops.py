@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from sdopt import graph
+from sdopt.shapes import number_of
 
 Shape = tuple[int, ...]
 
@@ -113,7 +114,7 @@ def shapes(model: ir.Model, sizes: Mapping[str, int] = SIZES) -> dict[ir.Value, 
     walk = _Walk(model)
     for value in model.graph.inputs:
         if value.shape is not None and value.dtype is not None:
-            dims = [d if isinstance(d, int) else sizes.get(str(d.value), 1) for d in value.shape]
+            dims = [d if isinstance(d, int) else _size(str(d.value), sizes) for d in value.shape]
             walk.put(value, value.dtype, tuple(dims))
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -124,6 +125,13 @@ def shapes(model: ir.Model, sizes: Mapping[str, int] = SIZES) -> dict[ir.Value, 
     for node in model.graph:
         walk.visit(node)
     return walk.shapes
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    try:
+        return number_of(axis, sizes)
+    except KeyError:
+        return 1
 
 
 class _Walk:

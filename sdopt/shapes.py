@@ -17,6 +17,8 @@ from sdopt.errors import UsageError
 PIXELS_PER_LATENT = 8
 """The VAE of every family that sdopt exports halves an image three times."""
 
+_PART = re.compile(r"(\w+)_div_(\d+)")
+
 TOKENS = 77
 """The length of a prompt in CLIP's text encoders."""
 
@@ -121,6 +123,9 @@ class Request:
             return Extent(low, 2 * low, 2 * high) if doubled else Extent(low, low, high)
         if axis == "sequence_length":
             return Extent(TOKENS, TOKENS, TOKENS)
+        if (whole := _PART.fullmatch(axis)) is not None:
+            parts = self._extent(whole[1], sizes, doubled, pixels, where)
+            return Extent(*(-(-one // int(whole[2])) for one in parts))
         side = re.fullmatch(r"(sample_|latent_)?(height|width)", axis)
         if side is None:
             raise UsageError(
@@ -146,6 +151,20 @@ def _divisor(prefix: str | None, pixels: bool) -> int:
     return 1 if in_pixels else PIXELS_PER_LATENT
 
 
+def number_of(axis: str, known: Mapping[str, int]) -> int:
+    """The number that an axis has where its own, or that of what it is a part of, is known.
+
+    ``height_div_4`` is ``height`` divided by 4, rounded up: what two halving convolutions leave.
+
+    Raises:
+        KeyError: neither is known.
+    """
+    whole = _PART.fullmatch(axis)
+    if axis in known or whole is None:
+        return known[axis]
+    return -(-known[whole[1]] // int(whole[2]))
+
+
 def axis_numbers(
     size: Size, batch: int, dims: Mapping[str, int], *, pixels: bool = False
 ) -> dict[str, int]:
@@ -159,6 +178,10 @@ def axis_numbers(
         divisor = _divisor(prefix, pixels)
         found[f"{prefix}height"] = size.height // divisor
         found[f"{prefix}width"] = size.width // divisor
+    for side in ("height", "width"):
+        for part in (2, 4, 8):
+            name = f"{side}_div_{part}"
+            found[name] = number_of(name, found)
     return found | dict(dims)
 
 

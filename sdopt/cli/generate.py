@@ -32,7 +32,16 @@ def run(
     count: Annotated[int, typer.Option(help="Images per prompt.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Images computed together.", min=1)] = 1,
     image: Annotated[Path | None, typer.Option(help="Start from this image.")] = None,
-    strength: Annotated[float, typer.Option(help="How far to leave --image, 0 to 1.")] = 0.8,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to leave --image, 0 to 1; 0.8, or 1 for a mask.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Draw --image anew where this is white.")
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="The ControlNet's hint image: edges, depth, a pose.")
+    ] = None,
+    control_scale: Annotated[float, typer.Option(help="How much --control counts.")] = 1.0,
     stage: Annotated[
         str | None, typer.Option(help="The stage; the built or optimized one if any.")
     ] = None,
@@ -67,6 +76,9 @@ def run(
             batch=batch,
             image=image,
             strength=strength,
+            mask=mask,
+            control=control,
+            control_scale=control_scale,
             stage=stage,
             target=target,
             device=device,

@@ -34,6 +34,9 @@ def export(
         int | None,
         typer.Option(help="Also as plain ONNX of this opset, 11 to 25: as build -t onnx:opset=N."),
     ] = None,
+    controlnet: Annotated[
+        str | None, typer.Option(help="Put this ControlNet's folder before the UNet.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a model to a bundle of canonical ONNX graphs; no weight passes through memory."""
@@ -47,6 +50,7 @@ def export(
             dtype=dtype,
             in_place=in_place,
             opset=opset,
+            controlnet=controlnet,
             progress=tell,
         )
     render.report(report, as_json)

@@ -9,6 +9,7 @@ import numpy as np
 
 from sdopt.errors import UsageError
 from sdopt.session import Port
+from sdopt.shapes import number_of
 
 SIZES: Mapping[str, int] = {
     "batch_size": 2,
@@ -100,7 +101,8 @@ def make(
         defaults = _BY_RANK.get(len(port.dims), ())
         for axis, dim in enumerate(port.dims):
             if isinstance(dim, str):
-                chosen.setdefault(dim, defaults[axis] if axis < len(defaults) else 2)
+                number = defaults[axis] if axis < len(defaults) else 2
+                chosen.setdefault(dim, _part(dim, chosen) or number)
     return {
         name: _array(
             name,
@@ -111,6 +113,14 @@ def make(
         )
         for name, port in ports.items()
     }
+
+
+def _part(dim: str, chosen: Mapping[str, int]) -> int | None:
+    """The size of a dimension that is a part of a known one (``height_div_2``)."""
+    try:
+        return number_of(dim, chosen)
+    except KeyError:
+        return None
 
 
 def _of_images(ports: Mapping[str, Port]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from sdopt.passes.base import Role
 from sdopt.runtime.quiet import quiet
 from sdopt.spec import suggest
 
+_DOWN = "down_block_additional_residuals."
 Compute = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -124,11 +125,26 @@ def _transformer(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
 def _unet(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(feeds)
     added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+    if down := sorted(
+        (n for n in given if n.startswith(_DOWN)), key=lambda n: int(n[len(_DOWN) :])
+    ):
+        given[_DOWN[:-1]] = [given.pop(name) for name in down]
     return {"out_sample": network(**given, added_cond_kwargs=added, return_dict=False)[0]}
 
 
+def _controlnet(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(feeds)
+    added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+    down, mid = network(**given, added_cond_kwargs=added, return_dict=False)
+    found = {f"down_block_res_samples.{index}": one for index, one in enumerate(down)}
+    return {**found, "mid_block_res_sample": mid}
+
+
 def _vae_encoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    return {"latent_parameters": network.encode(feeds["sample"]).latent_dist.parameters}
+    found = network.encode(feeds["sample"])
+    if "latents" in found:
+        return {"latent_sample": found.latents}
+    return {"latent_parameters": found.latent_dist.parameters}
 
 
 def _vae_decoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,8 +156,12 @@ _CALLS: Mapping[tuple[str, Role], _Call] = {
     ("CLIPTextModel", Role.TEXT_ENCODER): _text_encoder,
     ("CLIPTextModelWithProjection", Role.TEXT_ENCODER): _text_encoder_of_xl,
     ("T5EncoderModel", Role.TEXT_ENCODER): _text_encoder_of_t5,
+    ("ControlNetModel", Role.CONTROLNET): _controlnet,
     ("UNet2DConditionModel", Role.DENOISER): _unet,
     ("SD3Transformer2DModel", Role.DENOISER): _transformer,
-    ("AutoencoderKL", Role.VAE_ENCODER): _vae_encoder,
-    ("AutoencoderKL", Role.VAE_DECODER): _vae_decoder,
+    **{
+        (name, role): call
+        for name in ("AutoencoderKL", "AutoencoderTiny")
+        for role, call in ((Role.VAE_ENCODER, _vae_encoder), (Role.VAE_DECODER, _vae_decoder))
+    },
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sdopt.exporters import residuals
 from sdopt.exporters.ports import Component, Port
 from sdopt.passes.base import Role
 
@@ -57,22 +58,51 @@ _TEXT_ENCODER_2 = Component(
         _EACH_STATE,
     ),
 )
+_STEP = (
+    Port("sample", ("batch_size", "in_channels", "height", "width")),
+    # Always float32: half precision cannot tell the timesteps above 2048 apart.
+    Port("timestep", (), "float32"),
+    Port("encoder_hidden_states", (*_TOKENS, "cross_attention_dim")),
+)
+_ADDED = (
+    # Stable Diffusion XL: the projected prompt, and sizes in pixels, in float32 as half
+    # precision has no odd numbers above 2048.
+    Port("text_embeds", ("batch_size", "text_embeds"), needs=_TEXT_TIME),
+    Port("time_ids", ("batch_size", "time_ids"), "float32", needs=_TEXT_TIME),
+)
+_CONTROLNET = Component(
+    "controlnet",
+    "controlnet",
+    Role.CONTROLNET,
+    "ControlNetModel",
+    (
+        *_STEP,
+        Port(
+            "controlnet_cond",
+            ("batch_size", "conditioning_channels", "sample_height", "sample_width"),
+        ),
+        Port("conditioning_scale", (), "float32"),
+        *_ADDED,
+    ),
+    (
+        Port("down_block_res_samples", (), each="down_residuals"),
+        Port("mid_block_res_sample", (), each="mid_residual"),
+    ),
+    optional=True,
+)
 _UNET = Component(
     "unet",
     "unet",
     Role.DENOISER,
     "UNet2DConditionModel",
     (
-        Port("sample", ("batch_size", "in_channels", "height", "width")),
-        # Always float32: half precision cannot tell the timesteps above 2048 apart.
-        Port("timestep", (), "float32"),
-        Port("encoder_hidden_states", (*_TOKENS, "cross_attention_dim")),
-        # Stable Diffusion XL: the projected prompt, and sizes in pixels, in float32 as half
-        # precision has no odd numbers above 2048.
-        Port("text_embeds", ("batch_size", "text_embeds"), needs=_TEXT_TIME),
-        Port("time_ids", ("batch_size", "time_ids"), "float32", needs=_TEXT_TIME),
+        *_STEP,
+        *_ADDED,
         # Latent consistency models take the scale of guidance so.
         Port("timestep_cond", ("batch_size", "time_cond_proj_dim"), needs="time_cond_proj_dim"),
+        # In a pipeline with a ControlNet: its outputs, in its order, called as diffusers does.
+        Port("down_block_additional_residuals", (), needs=residuals.WANTED, each="down_residuals"),
+        Port("mid_block_additional_residual", (), needs=residuals.WANTED, each="mid_residual"),
     ),
     (Port("out_sample", ("batch_size", "out_channels", "height", "width")),),
 )
@@ -98,6 +128,7 @@ _TRANSFORMER = Component(
     ),
     (Port("out_hidden_states", ("batch_size", "out_channels", "height", "width")),),
 )
+_LATENT = ("batch_size", "latent_channels", "latent_height", "latent_width")
 _VAE_ENCODER = Component(
     "vae_encoder",
     "vae",
@@ -109,16 +140,21 @@ _VAE_ENCODER = Component(
         Port(
             "latent_parameters",
             ("batch_size", "2*latent_channels", "latent_height", "latent_width"),
+            needs="_class_name=AutoencoderKL",
         ),
+        # The tiny one gives the latents themselves.
+        Port("latent_sample", _LATENT, needs="_class_name=AutoencoderTiny"),
     ),
+    ("AutoencoderTiny",),
 )
 _VAE_DECODER = Component(
     "vae_decoder",
     "vae",
     Role.VAE_DECODER,
     "AutoencoderKL",
-    (Port("latent_sample", ("batch_size", "latent_channels", "latent_height", "latent_width")),),
+    (Port("latent_sample", _LATENT),),
     (Port("sample", ("batch_size", "out_channels", "sample_height", "sample_width")),),
+    ("AutoencoderTiny",),
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -132,8 +168,11 @@ FAMILIES: Mapping[str, Family] = {
             "StableDiffusionInstructPix2PixPipeline",
             "LatentConsistencyModelPipeline",
             "LatentConsistencyModelImg2ImgPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
         ),
-        (_TEXT_ENCODER, _UNET, _VAE_ENCODER, _VAE_DECODER),
+        (_TEXT_ENCODER, _CONTROLNET, _UNET, _VAE_ENCODER, _VAE_DECODER),
     ),
     "sdxl": Family(
         "Stable Diffusion XL",
@@ -141,8 +180,11 @@ FAMILIES: Mapping[str, Family] = {
             "StableDiffusionXLPipeline",
             "StableDiffusionXLImg2ImgPipeline",
             "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
         ),
-        (_TEXT_ENCODER_XL, _TEXT_ENCODER_2, _UNET, _VAE_ENCODER, _VAE_DECODER),
+        (_TEXT_ENCODER_XL, _TEXT_ENCODER_2, _CONTROLNET, _UNET, _VAE_ENCODER, _VAE_DECODER),
     ),
     "sd3": Family(
         "Stable Diffusion 3 and 3.5",

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sdopt.errors import SourceError, UnknownNameError, UsageError
+from sdopt.exporters import residuals
 from sdopt.exporters.checkpoint import Checkpoint, weights_files
 from sdopt.exporters.components import (
     COMPONENTS,
@@ -24,7 +25,9 @@ from sdopt.exporters.components import (
 from sdopt.exporters.ports import Component
 from sdopt.exporters.recognition import (
     check_config,
+    check_controlnet,
     check_pipeline,
+    controlled,
     family_name,
     listed,
     read_json,
@@ -68,17 +71,25 @@ class Exported:
 class DiffusersSource:
     """A folder that diffusers' ``save_pretrained`` wrote, whole, partial, or of one component.
 
+    Args:
+        folder: where it lies.
+        controlnet: the folder of a ControlNet to put before its UNet.
+
     Raises:
-        SourceError: it is no such folder, or not of a supported family.
+        SourceError: it is no such folder, or not of a supported family, or the ControlNet is not
+            for its UNet.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, controlnet: Path | None = None) -> None:
         self.folder = Path(folder)
+        self._controlnet = controlnet
         if not self.folder.is_dir():
             raise SourceError("no such folder", where=str(folder))
         self.index: dict[str, Any] = {}
         if (path := self.folder / "model_index.json").is_file():
             self.index = read_json(path)
+            if controlnet is not None:
+                self.index = controlled(self.index, self.folder)
             check_pipeline(self.index, self.folder)
         self._family = FAMILIES[family_name(self.folder, self.index)]
         self._configs = {
@@ -96,6 +107,20 @@ class DiffusersSource:
                 " with a config.json each",
                 hint=supported(),
             )
+        self._pair()
+
+    def _pair(self) -> None:
+        """With a ControlNet, check that it is this UNet's, whose graph then takes residuals."""
+        if self._controlnet is not None and "controlnet" not in self._configs:
+            raise SourceError("this folder holds no ControlNet", where=str(self._controlnet))
+        if "unet" not in self._configs:
+            return
+        home, unet = self._configs["unet"]
+        if "controlnet" in self._configs:
+            check_controlnet(*self._configs["controlnet"], unet)
+        elif not listed(self.index, "controlnet"):
+            return
+        self._configs["unet"] = home, {**unet, residuals.WANTED: True}
 
     @property
     def family(self) -> str:
@@ -216,6 +241,8 @@ class DiffusersSource:
 
     def _folder_of(self, component: Component) -> Path | None:
         """The component's folder if it is here; the root itself may be that of one component."""
+        if component.name == "controlnet" and self._controlnet is not None:
+            return self._controlnet if (self._controlnet / "config.json").is_file() else None
         for folder in (self.folder / component.folder, self.folder):
             if (folder / "config.json").is_file():
                 return folder
@@ -225,7 +252,7 @@ class DiffusersSource:
         """Whether ``folder`` holds ``component``; another class in its folder is an error."""
         architectures = config.get("architectures") or [None]
         found = config.get("_class_name") or architectures[0]
-        if found == component.class_name:
+        if found in (component.class_name, *component.also):
             check_config(component, folder, config)
             return True
         if folder == self.folder:

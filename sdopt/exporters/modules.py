@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdopt.errors import SourceError
+from sdopt.exporters import residuals
+from sdopt.exporters.controlnet import ControlNet
 from sdopt.exporters.network import Config, Network
 from sdopt.exporters.ports import Component
 from sdopt.exporters.sd3 import TextEncoder3, Transformer
@@ -67,8 +71,10 @@ class Unet(Network):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.model = UNet2DConditionModel.from_config(dict(config))
-        self.config = dict(self.model.config)
+        wanted = config.get(residuals.WANTED)
+        own = {key: value for key, value in config.items() if key != residuals.WANTED}
+        self.model = UNet2DConditionModel.from_config(own)
+        self.config = {**self.model.config, residuals.WANTED: wanted}
 
     def forward(
         self,
@@ -78,11 +84,14 @@ class Unet(Network):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
+        down_block_additional_residuals: list[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[B, C, H, W]``, a scalar and ``[B, S, E]`` to ``[B, 4, H, W]``.
 
         Where the network takes them, ``text_embeds`` is ``[B, P]``, ``time_ids`` ``[B, 6]`` or
-        ``[B, 5]``, and ``timestep_cond`` ``[B, G]`` the embedded scale of guidance.
+        ``[B, 5]``, ``timestep_cond`` ``[B, G]`` the embedded scale of guidance, and the residuals
+        ``[B, C, H, W]`` of each level are a ControlNet's.
         """
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.model(
@@ -91,36 +100,47 @@ class Unet(Network):
             encoder_hidden_states,
             timestep_cond=timestep_cond,
             added_cond_kwargs=added,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
             return_dict=False,
         )
         result: torch.Tensor = output[0]
         return result
 
 
+def _autoencoder(config: Config) -> tuple[Any, Config]:
+    """The whole autoencoder, of the class that its configuration names, and its configuration."""
+    name = "AutoencoderTiny" if config.get("_class_name") == "AutoencoderTiny" else "AutoencoderKL"
+    classes: Mapping[str, Any] = {
+        "AutoencoderKL": AutoencoderKL,
+        "AutoencoderTiny": AutoencoderTiny,
+    }
+    model = classes[name].from_config(dict(config))
+    return model, {**model.config, "_class_name": name}
+
+
 class VaeEncoder(Network):
-    """The encoder half of AutoencoderKL, up to the moments."""
+    """The encoder half of AutoencoderKL, up to the moments, or of AutoencoderTiny."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model = AutoencoderKL.from_config(dict(config))
-        self.config = dict(model.config)
+        model, self.config = _autoencoder(config)
         self.encoder = model.encoder
-        self.quant_conv = model.quant_conv or torch.nn.Identity()
+        self.quant_conv = getattr(model, "quant_conv", None) or torch.nn.Identity()
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, 8h, 8w]`` to mean and log-variance ``[B, 8, h, w]``."""
+        """``[B, 3, 8h, 8w]`` to mean and log-variance ``[B, 8, h, w]``; tiny: ``[B, 4, h, w]``."""
         result: torch.Tensor = self.quant_conv(self.encoder(sample))
         return result
 
 
 class VaeDecoder(Network):
-    """The decoder half of AutoencoderKL."""
+    """The decoder half of AutoencoderKL or AutoencoderTiny."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model = AutoencoderKL.from_config(dict(config))
-        self.config = dict(model.config)
-        self.post_quant_conv = model.post_quant_conv or torch.nn.Identity()
+        model, self.config = _autoencoder(config)
+        self.post_quant_conv = getattr(model, "post_quant_conv", None) or torch.nn.Identity()
         self.decoder = model.decoder
 
     def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
@@ -139,6 +159,7 @@ _NETWORKS: Mapping[tuple[str, Role], Callable[[Config], Network]] = {
     ("CLIPTextModel", Role.TEXT_ENCODER): TextEncoder,
     ("CLIPTextModelWithProjection", Role.TEXT_ENCODER): TextEncoder2,
     ("T5EncoderModel", Role.TEXT_ENCODER): TextEncoder3,
+    ("ControlNetModel", Role.CONTROLNET): ControlNet,
     ("UNet2DConditionModel", Role.DENOISER): Unet,
     ("SD3Transformer2DModel", Role.DENOISER): Transformer,
     ("AutoencoderKL", Role.VAE_ENCODER): VaeEncoder,

@@ -1,7 +1,4 @@
-"""What a component is: the folder it lies in and its ports, whose sizes a configuration holds.
-
-Names of symbolic dimensions are those of Hugging Face optimum.
-"""
+"""What a component is: the folder it lies in and its ports, whose sizes a configuration holds."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sdopt.errors import SourceError
+from sdopt.exporters import residuals
 from sdopt.passes.base import Role
 
 Kind = Literal["weights", "float32", "int64"]
@@ -22,13 +20,21 @@ SAMPLE_SIZES: Mapping[str, int] = {
     "width": 23,
     "latent_height": 13,
     "latent_width": 23,
-    "sample_height": 107,
-    "sample_width": 189,
+    "sample_height": 99,
+    "sample_width": 181,
+    # Of what is halved on the way down: 13 and 23, rounded up.
+    "height_div_2": 7,
+    "width_div_2": 12,
+    "height_div_4": 4,
+    "width_div_4": 6,
+    "height_div_8": 2,
+    "width_div_8": 3,
 }
 """The dynamic dimensions and the sizes they are traced at.
 
-All odd: at a latent that is no multiple of 8, diffusers passes every skip's size to its
-upsamplers, so the traced graph is right at every size.
+Those of images and latents are odd: at a latent that is no multiple of 8, diffusers passes every
+skip's size to its upsamplers, so the traced graph is right at every size. An image's halved three
+times and rounded up are the latent's, as a ControlNet's hint is.
 """
 
 
@@ -39,17 +45,17 @@ class Port:
     Attributes:
         name: its name in the graph.
         dims: per axis a dynamic dimension (a key of ``SAMPLE_SIZES``) or the key of the
-            component's configuration that holds the size, or one of ``_COMPUTED``; empty for a
-            scalar.
+            component's configuration that holds the size, or one of ``_COMPUTED``, or a number;
+            empty for a scalar.
         kind: its dtype.
         needs: what the configuration must say for the port to be there: ``key`` is not null, or
             ``key=value``; empty for a port that always is.
         each: the key of a number of layers: then there is one port before the first and one after
-            each, ``name.0`` and so on.
+            each, ``name.0`` and so on. Or a key of ``residuals.EACH``, which says the dims too.
     """
 
     name: str
-    dims: tuple[str, ...]
+    dims: tuple[str | int, ...]
     kind: Kind = "weights"
     needs: str = ""
     each: str = ""
@@ -66,12 +72,18 @@ class Port:
             return ()
         if not self.each:
             return (self,)
+        if self.each in residuals.EACH:
+            found_dims = residuals.EACH[self.each](config)
+            return tuple(
+                replace(self, name=self.name + suffix, dims=dims, each="")
+                for suffix, dims in found_dims
+            )
         count = _size(config, self.each) + 1
         return tuple(replace(self, name=f"{self.name}.{i}", each="") for i in range(count))
 
     def dynamic_axes(self) -> dict[int, str]:
         """Axis to symbolic name, for the dynamic axes."""
-        return {axis: dim for axis, dim in enumerate(self.dims) if dim in SAMPLE_SIZES}
+        return {axis: str(dim) for axis, dim in enumerate(self.dims) if dim in SAMPLE_SIZES}
 
     def sample_shape(self, config: Mapping[str, Any]) -> list[int]:
         """The shape that the port is traced at.
@@ -79,7 +91,10 @@ class Port:
         Raises:
             SourceError: the configuration does not say a size that the port needs.
         """
-        return [SAMPLE_SIZES.get(dim) or _size(config, dim) for dim in self.dims]
+        return [
+            dim if isinstance(dim, int) else SAMPLE_SIZES.get(dim) or _size(config, dim)
+            for dim in self.dims
+        ]
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,8 @@ class Component:
         class_name: the class of diffusers or transformers that it is built from.
         inputs: in order.
         outputs: in order.
+        also: other classes that it may be instead.
+        optional: whether a whole pipeline may do without it.
     """
 
     name: str
@@ -101,6 +118,8 @@ class Component:
     class_name: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    also: tuple[str, ...] = ()
+    optional: bool = False
 
     def of(self, config: Mapping[str, Any]) -> Component:
         """The component with the ports that a configuration gives it.
@@ -144,6 +163,6 @@ def _size(config: Mapping[str, Any], key: str) -> int:
         raise SourceError(
             f"the configuration's {key} is {value!r}, a positive whole number is needed",
             where="config.json",
-            hint="save the model again with the diffusers installed here",
+            hint="save the pipeline again with the diffusers installed here",
         )
     return value

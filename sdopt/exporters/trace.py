@@ -7,8 +7,8 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -42,11 +42,11 @@ def trace(component: Component, network: Network, dtype: ir.DataType) -> ir.Mode
     """
     component = component.of(network.config)
     # By name: which of its last arguments a network takes is a matter of its configuration.
-    samples = {port.name: _sample(port, network, dtype) for port in component.inputs}
-    dynamic = {
-        port.name: dict.fromkeys(port.dynamic_axes(), torch.export.Dim.DYNAMIC)
+    samples = _arguments((port, _sample(port, network, dtype)) for port in component.inputs)
+    dynamic = _arguments(
+        (port, dict.fromkeys(port.dynamic_axes(), torch.export.Dim.DYNAMIC))
         for port in component.inputs
-    }
+    )
     try:
         with _quiet(), network.mode:
             program = torch.export.export(
@@ -80,6 +80,18 @@ def trace(component: Component, network: Network, dtype: ir.DataType) -> ir.Mode
             model.graph.initializers[value.name] = value
     model.graph.name = component.name
     return model
+
+
+def _arguments(pairs: Iterable[tuple[Port, Any]]) -> dict[str, Any]:
+    """Keyword arguments of a network: ports ``name.0``, ``name.1`` and so on are one list."""
+    found: dict[str, Any] = {}
+    for port, value in pairs:
+        name, dot, _ = port.name.partition(".")
+        if dot:
+            found.setdefault(name, []).append(value)
+        else:
+            found[name] = value
+    return found
 
 
 def _sample(port: Port, network: Network, dtype: ir.DataType) -> torch.Tensor:

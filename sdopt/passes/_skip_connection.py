@@ -38,9 +38,18 @@ def find(main: ir.Graph) -> list[SkipConnection]:
         if graph.attribute(node, "axis") not in (1, -3):
             continue
         for below, beside in ((first, second), (second, first)):
-            if depends_on(below, beside):
+            if depends_on(below, without_residual(beside)):
                 found.append(SkipConnection(node, below, levels[beside]))
     return found
+
+
+def without_residual(value: ir.Value) -> ir.Value:
+    """The map from the way down that a ControlNet's residual, an input, is added to; or itself."""
+    node = value.producer()
+    if node is None or node.op_type != "Add":
+        return value
+    own = [one for one in node.inputs if one is not None and not one.is_graph_input()]
+    return own[0] if len(own) == 1 else value
 
 
 def depends_on(value: ir.Value, other: ir.Value) -> bool:

@@ -22,6 +22,7 @@ class Role(enum.Enum):
 
     TEXT_ENCODER = "text encoder"
     DENOISER = "denoiser"
+    CONTROLNET = "controlnet"
     VAE_ENCODER = "vae encoder"
     VAE_DECODER = "vae decoder"
     MODEL = "model"

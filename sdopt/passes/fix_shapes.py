@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from sdopt import graph
 from sdopt.passes.base import Interface, Numerics, Pass, PassContext
+from sdopt.shapes import number_of
 
 _OPERATIONS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -33,7 +34,8 @@ class FixShapes(Pass):
 
     Applies when: an axis of an input has one of the names. Every value that is declared with the
     name, or with arithmetic of such names, gets the number; ``clean`` behind it then folds the
-    shape arithmetic. Names that the graph does not have are passed over.
+    shape arithmetic. Names that the graph does not have are passed over; ``height_div_2`` follows
+    ``height``.
 
     Numerics: exact.
 
@@ -106,7 +108,7 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return int(node.value)
     if isinstance(node, ast.Name):
-        return sizes[node.id]
+        return number_of(node.id, sizes)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand, sizes)
     if isinstance(node, ast.BinOp):

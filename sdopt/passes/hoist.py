@@ -48,7 +48,7 @@ class Hoist(Pass):
     step: tuple[str, ...] = ()
 
     numerics: ClassVar[Numerics] = Numerics.EXACT
-    roles: ClassVar[frozenset[Role]] = frozenset({Role.DENOISER, Role.MODEL})
+    roles: ClassVar[frozenset[Role]] = frozenset({Role.DENOISER, Role.CONTROLNET, Role.MODEL})
     after: ClassVar[tuple[str, ...]] = ("lora", "raise_ops", "fuse_qkv", "pad_align", "tome")
     interface: ClassVar[Interface] = Interface.CHANGES
     reach: ClassVar[Reach] = Reach.MAIN

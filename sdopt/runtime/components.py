@@ -7,16 +7,17 @@ are in; a session casts where its graph is in half precision.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig, T5Config
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -24,11 +25,13 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from sdopt.errors import BundleError, UsageError
 from sdopt.session import Session
+from sdopt.shapes import number_of
 
 _STATES = "hidden_states."
+_DOWN, _MID = "down_block_additional_residuals.", "mid_block_additional_residual"
 
 
-class _OnHost:
+class OnHost:
     """What a pipeline asks of any of its models."""
 
     dtype = torch.float32
@@ -39,7 +42,7 @@ class _OnHost:
         return iter(())
 
 
-class TextEncoder(_OnHost):
+class TextEncoder(OnHost):
     """A session in the place of CLIP's text models, with a projection or without, or of T5's."""
 
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
@@ -62,11 +65,11 @@ class TextEncoder(_OnHost):
         Raises:
             UsageError: asked for what the graph does not give.
         """
-        _refuse("text encoder", {"attention_mask": attention_mask, **others})
+        refuse("text encoder", {"attention_mask": attention_mask, **others})
         states = [name for name in self._session.outputs if name.startswith(_STATES)]
         if not states:
-            _refuse("text encoder", {"output_hidden_states": output_hidden_states})
-        found = _compute(self._session, input_ids=input_ids)
+            refuse("text encoder", {"output_hidden_states": output_hidden_states})
+        found = compute(self._session, input_ids=input_ids)
         given: dict[str, Any] = {"last_hidden_state": found["last_hidden_state"]}
         if output_hidden_states:
             given["hidden_states"] = tuple(found[f"{_STATES}{i}"] for i in range(len(states)))
@@ -75,12 +78,12 @@ class TextEncoder(_OnHost):
         return BaseModelOutputWithPooling(pooler_output=found.get("pooler_output"), **given)
 
 
-class Unet(_OnHost):
+class Unet(OnHost):
     """A session in the place of ``UNet2DConditionModel``."""
 
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
         self._session = session
-        self.config = _config(UNet2DConditionModel, config)
+        self.config = config_of(UNet2DConditionModel, config)
         # XL's pipelines look up here how wide the embedding of sizes and prompt is.
         width = self.config["projection_class_embeddings_input_dim"]
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -92,6 +95,8 @@ class Unet(_OnHost):
         encoder_hidden_states: torch.Tensor,
         timestep_cond: torch.Tensor | None = None,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
@@ -99,67 +104,35 @@ class Unet(_OnHost):
 
         ``timestep_cond`` is ``[B, G]``, the embedded scale of guidance, for a latent consistency
         model; ``added_cond_kwargs`` are XL's ``text_embeds`` ``[B, P]`` and ``time_ids``
-        ``[B, 6]``, or ``[B, 5]`` for its refiner.
+        ``[B, 6]``, or ``[B, 5]`` for its refiner; the residuals are a ControlNet's.
         """
-        _refuse("unet", others)
+        refuse("unet", others)
         given = {
             "sample": sample,
-            "timestep": _time(self._session, timestep, sample.shape[0]),
+            "timestep": timestep_for(self._session, timestep, sample.shape[0]),
             "encoder_hidden_states": encoder_hidden_states,
             "timestep_cond": timestep_cond,
             **(added_cond_kwargs or {}),
+            **residual_feeds(
+                self._session,
+                sample,
+                down_block_additional_residuals,
+                mid_block_additional_residual,
+            ),
         }
         feeds = {name: tensor for name, tensor in given.items() if tensor is not None}
-        out = _compute(self._session, **feeds)["out_sample"]
+        out = compute(self._session, **feeds)["out_sample"]
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
 
-class Transformer(_OnHost):
-    """A session in the place of ``SD3Transformer2DModel``."""
-
-    def __init__(self, session: Session, config: dict[str, Any]) -> None:
-        self._session = session
-        self.config = _config(SD3Transformer2DModel, config)
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-        timestep: torch.Tensor,
-        return_dict: bool = True,
-        **others: Any,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """One denoising step: latents ``[B, C, H, W]`` to the velocity, of the same shape.
-
-        ``encoder_hidden_states`` is ``[B, S, E]``, ``pooled_projections`` ``[B, P]`` and
-        ``timestep`` ``[B]``.
-        """
-        _refuse("transformer", others)
-        out = _compute(
-            self._session,
-            hidden_states=hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            timestep=_time(self._session, timestep, hidden_states.shape[0]),
-        )["out_hidden_states"]
-        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
-
-
-DENOISERS: Mapping[str, Callable[[Session, dict[str, Any]], Unet | Transformer]] = {
-    "unet": Unet,
-    "transformer": Transformer,
-}
-"""What stands before a denoiser's session, by the component's name."""
-
-
-class Vae(_OnHost):
-    """One or two sessions in the place of ``AutoencoderKL``."""
+class Vae(OnHost):
+    """One or two sessions in the place of ``AutoencoderKL`` or ``AutoencoderTiny``."""
 
     def __init__(self, decoder: Session, encoder: Session | None, config: dict[str, Any]) -> None:
         self._decoder = decoder
         self._encoder = encoder
-        self.config = _config(AutoencoderKL, config)
+        tiny = config.get("_class_name") == "AutoencoderTiny"
+        self.config = config_of(AutoencoderTiny if tiny else AutoencoderKL, config)
 
     def to(self, *_: object, **__: object) -> Vae:
         """Itself: XL's pipelines move a VAE to float32, in which all of this speaks already."""
@@ -169,13 +142,17 @@ class Vae(_OnHost):
         self, z: torch.Tensor, return_dict: bool = True, generator: object = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Latents ``[B, 4, H, W]`` to an image ``[B, 3, 8H, 8W]`` in -1 to 1."""
-        image = _compute(self._decoder, latent_sample=z)["sample"]
+        image = compute(self._decoder, latent_sample=z)["sample"]
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """An image ``[B, 3, H, W]`` in -1 to 1 to the distribution of its latents.
+    ) -> (
+        AutoencoderKLOutput
+        | AutoencoderTinyOutput
+        | tuple[DiagonalGaussianDistribution | torch.Tensor]
+    ):
+        """An image ``[B, 3, H, W]`` in -1 to 1 to the distribution of its latents, or to them.
 
         Raises:
             UsageError: the pipeline was loaded without the encoder.
@@ -185,14 +162,20 @@ class Vae(_OnHost):
                 "this pipeline was loaded without the VAE's encoder",
                 hint="load_pipeline(BUNDLE, image_to_image=True)",
             )
-        found = DiagonalGaussianDistribution(
-            _compute(self._encoder, sample=x)["latent_parameters"]
-        )
+        given = compute(self._encoder, sample=x)
+        if "latent_sample" in given:
+            latents = given["latent_sample"]
+            return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+        found = DiagonalGaussianDistribution(given["latent_parameters"])
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
 
-def _time(session: Session, timestep: torch.Tensor | float, batch: int) -> torch.Tensor:
-    """The timestep in the rank and kind that the graph takes it in."""
+def timestep_for(session: Session, timestep: torch.Tensor | float, batch: int) -> torch.Tensor:
+    """The timestep in the rank and kind that the graph takes it in.
+
+    Raises:
+        UsageError: it lies between two whole ones, and the graph takes those.
+    """
     port = session.inputs["timestep"]
     time = torch.as_tensor(timestep).reshape(-1).to(torch.float64)
     if port.dtype.kind == "i":
@@ -206,7 +189,30 @@ def _time(session: Session, timestep: torch.Tensor | float, batch: int) -> torch
     return time[0] if not port.dims else time.expand(batch)
 
 
-def _compute(session: Session, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+def residual_feeds(
+    session: Session,
+    sample: torch.Tensor,
+    down: Sequence[torch.Tensor] | None,
+    mid: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """What a UNet's session takes of a ControlNet; zeros, which add nothing, where none ran.
+
+    ``sample`` is the step's latent ``[B, C, H, W]``, which gives the sides of the residuals.
+    """
+    if down is not None and mid is not None:
+        return {**{f"{_DOWN}{index}": one for index, one in enumerate(down)}, _MID: mid}
+    batch, _, height, width = sample.shape
+    known = {"batch_size": batch, "height": height, "width": width}
+    return {
+        name: torch.zeros(
+            [dim if isinstance(dim, int) else number_of(dim, known) for dim in port.dims]
+        )
+        for name, port in session.inputs.items()
+        if name.startswith(_DOWN) or name == _MID
+    }
+
+
+def compute(session: Session, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Run a session on tensors; what comes back is float32.
 
     Raises:
@@ -225,7 +231,7 @@ def _compute(session: Session, **tensors: torch.Tensor) -> dict[str, torch.Tenso
     return {name: torch.from_numpy(out).float() for name, out in session.run(feeds).items()}
 
 
-def _config(cls: Any, given: dict[str, Any]) -> Any:
+def config_of(cls: Any, given: dict[str, Any]) -> Any:
     """A model's configuration: what older files leave out has the class's default."""
     parameters = inspect.signature(cls.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
@@ -233,7 +239,7 @@ def _config(cls: Any, given: dict[str, Any]) -> Any:
     return frozen({**defaults, **given})
 
 
-def _refuse(component: str, given: dict[str, Any]) -> None:
+def refuse(component: str, given: dict[str, Any]) -> None:
     """Refuse what a pipeline asks of a model beyond its graph's inputs.
 
     Raises:

@@ -14,7 +14,18 @@ from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
 from sdopt.report import Progress, part
 from sdopt.runtime.pipeline import assemble, runner_of
-from sdopt.runtime.request import Request, check_numbers, check_runner, image_size, start_image
+from sdopt.runtime.request import (
+    Request,
+    check_control,
+    check_mask,
+    check_numbers,
+    check_runner,
+    image_size,
+    mask_image,
+    read_image,
+    start_image,
+)
+from sdopt.runtime.runners import Task
 from sdopt.runtime.session import REFINER, Opener, choose_stages, digest_of, opener
 
 if TYPE_CHECKING:
@@ -23,14 +34,17 @@ if TYPE_CHECKING:
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 7.5
 DEFAULT_STRENGTH = 0.8
+DEFAULT_STRENGTH_OF_A_MASK = 1.0
+"""What a mask covers is drawn anew; the rest stays whatever the strength."""
 
 
 @dataclass(frozen=True)
 class Generated:
     """One image and everything that it takes to make it again.
 
-    ``strength`` is None for text-to-image; ``stages`` maps each component to the stage that ran;
-    ``bundle`` is the digest of those stages, weights included.
+    ``strength`` is None for text-to-image, ``control_scale`` where no ControlNet ran; ``stages``
+    maps each component to the stage that ran; ``bundle`` is the digest of those stages, weights
+    included.
     """
 
     image: Image
@@ -45,6 +59,7 @@ class Generated:
     strength: float | None
     stages: dict[str, str]
     bundle: str
+    control_scale: float | None = None
 
     def text(self) -> dict[str, str]:
         """What ``save_png`` writes into the file, key by key."""
@@ -61,6 +76,8 @@ class Generated:
         }
         if self.strength is not None:
             facts["strength"] = self.strength
+        if self.control_scale is not None:
+            facts["control_scale"] = self.control_scale
         return {key: str(value) for key, value in facts.items()}
 
 
@@ -78,7 +95,10 @@ def generate(
     count: int = 1,
     batch: int = 1,
     image: str | Path | Image | None = None,
-    strength: float = DEFAULT_STRENGTH,
+    strength: float | None = None,
+    mask: str | Path | Image | None = None,
+    control: str | Path | Image | None = None,
+    control_scale: float = 1.0,
     stage: str | None = None,
     target: str | Opener = "ort",
     device: str | None = None,
@@ -97,12 +117,18 @@ def generate(
         guidance: scale; 1 or less turns classifier-free guidance off.
         seed: of the first image.
         scheduler: a short name; the bundle's by default.
-        width: pixels, a multiple of 8; the model's own by default, or the start image's.
+        width: pixels, a multiple of 8; by default that of ``image``, of ``control``, or the
+            model's own.
         height: likewise.
         count: images per prompt.
         batch: images computed together.
         image: a start image (path or image) makes it image-to-image.
-        strength: how far to leave the start image, above 0 and up to 1.
+        strength: how far to leave the start image, above 0 and up to 1; 0.8 by default, with a
+            mask 1.
+        mask: as large as ``image``: white is drawn anew, black stays (inpainting).
+        control: the hint image of the bundle's ControlNet, prepared as that was trained (edges,
+            depth, a pose); resized to the size. Without one the ControlNet does not run.
+        control_scale: how much the ControlNet adds, 0 for nothing.
         stage: the stage to run; the newest that fits by default.
         target: what runs it, as text (``ort:threads=2``) or as an object that opens graphs.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
@@ -120,23 +146,25 @@ def generate(
         raise UsageError(
             "this model refines an image, and was given none", where=where, hint="--image FILE"
         )
+    check_mask(runner, image, mask, where)
+    check_control("controlnet" in opened.components, control, control_scale, where)
+    if strength is None:
+        strength = DEFAULT_STRENGTH if mask is None else DEFAULT_STRENGTH_OF_A_MASK
     start = start_image(image, strength, steps) if image is not None else None
+    area = mask_image(mask, start) if mask is not None and start is not None else None
+    hint = read_image(control, "the control image") if control is not None else None
     chosen = opener(target) if isinstance(target, str) else target
-    stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
+    task = Task(start is not None, area is not None, hint is not None)
+    stages = choose_stages(opened, chosen, stage, image_to_image=task.image, control=task.control)
     denoiser = opened.config(runner.denoiser)
-    size = image_size(width, height, start, opened.config("vae_decoder"), denoiser)
-    pipeline = assemble(
-        opened,
-        stages,
-        chosen,
-        image_to_image=start is not None,
-        scheduler=scheduler,
-        device=device,
-    )
+    size = image_size(width, height, start or hint, opened.config("vae_decoder"), denoiser)
+    pipeline = assemble(opened, stages, chosen, task=task, scheduler=scheduler, device=device)
     pipeline.set_progress_bar_config(disable=True)
     request = Request(negative, steps, guidance, *size)
     if start is not None:
-        request = request.starting_from(start, strength)
+        request = request.starting_from(start, strength, area)
+    if hint is not None:
+        request = request.controlled_by(hint, control_scale)
     names = {name: one.name for name, one in stages.items()}
     jobs = [prompt for prompt in prompts for _ in range(count)]
     return _generate(pipeline, jobs, seed, batch, request, names, digest_of(stages), progress)
@@ -172,6 +200,7 @@ def _generate(
                 strength=request.strength,
                 stages=stages,
                 bundle=digest,
+                control_scale=request.control_scale,
             )
 
 
@@ -192,11 +221,10 @@ def _run(
         return state
 
     takes = inspect.signature(pipeline.__call__).parameters
-    sizes = {"width": request.width, "height": request.height}
-    more: dict[str, Any] = {name: size for name, size in sizes.items() if name in takes}
-    if request.image is not None:
-        more |= {"image": [request.image] * len(prompts), "strength": request.strength}
-    if "negative_prompt" in takes:
+    given = request.for_pipeline(len(prompts))
+    more = {name: value for name, value in given.items() if name in takes}
+    # Not an empty one: XL takes zeros for none at all, as it was trained.
+    if request.negative:
         more["negative_prompt"] = [request.negative] * len(prompts)
     result = pipeline(
         list(prompts),

@@ -11,10 +11,10 @@ from typing import Any
 
 from sdopt import spec
 from sdopt.bundle import Bundle, Stage
-from sdopt.errors import BundleError, MissingDependencyError
+from sdopt.errors import BundleError, MissingDependencyError, UsageError
 from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
-from sdopt.runtime.runners import RUNNERS, Runner
+from sdopt.runtime.runners import RUNNERS, Runner, Task
 from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import REFINER, Opener, choose_stages, opener
 
@@ -27,19 +27,26 @@ def load_pipeline(
     stage: str | None = None,
     target: str = "ort",
     image_to_image: bool = False,
+    mask: bool = False,
+    control: bool | None = None,
     scheduler: str | None = None,
     device: str | None = None,
 ) -> Any:
     """A diffusers pipeline whose models are sessions on a bundle's graphs.
 
     A bundle for inpainting is behind the family's inpainting pipeline, which wants an image and a
-    mask; XL's refiner is always behind the one from images to images.
+    mask; XL's refiner is always behind the one from images to images, and a bundle with a
+    ControlNet behind the one that wants its hint image (``image``, or ``control_image`` beside a
+    start image).
 
     Args:
         bundle: the bundle or its directory.
         stage: the stage to run; by default the target's build, else the optimized, else the raw.
         target: what runs the graphs, such as ``ort:threads=2``.
         image_to_image: the family's image-to-image pipeline in place of the text-to-image one.
+        mask: the family's inpainting pipeline; a UNet of 4 channels will do.
+        control: whether the ControlNet's; where the bundle holds one by default. Without it the
+            UNet of such a bundle is that of the plain pipeline.
         scheduler: a short name (``ddim``, ``euler``, ``dpm++``, ...); the bundle's by default.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
 
@@ -50,16 +57,14 @@ def load_pipeline(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = opener(target)
-    image_to_image |= runner_of(opened).mask or opened.manifest.family == REFINER
-    stages = choose_stages(opened, chosen, stage, image_to_image=image_to_image)
-    return assemble(
-        opened,
-        stages,
-        chosen,
-        image_to_image=image_to_image,
-        scheduler=scheduler,
-        device=device,
+    mask |= runner_of(opened).mask
+    image_to_image |= mask or opened.manifest.family == REFINER
+    controlled = "controlnet" in opened.components if control is None else control
+    task = Task(image_to_image, mask, controlled)
+    stages = choose_stages(
+        opened, chosen, stage, image_to_image=image_to_image, control=controlled
     )
+    return assemble(opened, stages, chosen, task=task, scheduler=scheduler, device=device)
 
 
 def assemble(
@@ -67,15 +72,29 @@ def assemble(
     stages: Mapping[str, Stage],
     target: Opener,
     *,
-    image_to_image: bool,
+    task: Task,
     scheduler: str | None,
     device: str | None = None,
 ) -> Any:
-    """The pipeline over those stages; see ``load_pipeline``."""
+    """The pipeline over those stages; see ``load_pipeline``.
+
+    Raises:
+        UsageError: diffusers has no pipeline of this family for the task.
+    """
     runner = runner_of(bundle)
-    cls = _pipeline_class(runner.class_name(image_to_image))
+    name = runner.class_name(task)
+    if not name:
+        given = [word for word, on in vars(task).items() if on]
+        raise UsageError(
+            f"diffusers has no pipeline that runs this bundle with {' and '.join(given)}",
+            where=str(bundle.path / INDEX),
+            hint=f"it runs {runner.text_to_image or runner.inpaint}",
+        )
+    cls = _pipeline_class(name)
     from sdopt.runtime import schedulers
-    from sdopt.runtime.components import DENOISERS, TextEncoder, Vae
+    from sdopt.runtime.components import TextEncoder, Vae
+    from sdopt.runtime.control import ControlNet
+    from sdopt.runtime.denoisers import DENOISERS
 
     index = _read(bundle, INDEX, WHAT_INDEX)
     config = _scheduler_config(bundle)
@@ -100,6 +119,11 @@ def assemble(
             name: TextEncoder(sessions[name], bundle.config(name)) if name in sessions else None
             for name in runner.encoders
         },
+        **(
+            {"controlnet": ControlNet(sessions["controlnet"], bundle.config("controlnet"))}
+            if task.control
+            else {}
+        ),
         **tokenizers,
         **runner.given,
         **{

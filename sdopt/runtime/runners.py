@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _CONSISTENCY = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 _XL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 _SD3 = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+_CONTROL = (
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+)
+_XL_CONTROL = (
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+)
 _INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
 
 _UNCHECKED = {
@@ -20,13 +30,24 @@ _UNCHECKED = {
 
 
 @dataclass(frozen=True)
+class Task:
+    """What is given beside the prompt: a start image, a mask on it, a ControlNet's hint."""
+
+    image: bool = False
+    mask: bool = False
+    control: bool = False
+
+
+@dataclass(frozen=True)
 class Runner:
     """What runs a bundle.
 
     Attributes:
         text_to_image: diffusers' class for prompts alone, or empty.
-        image_to_image: the one for a prompt and an image.
-        mask: whether that one also wants a mask.
+        image_to_image: the one for a prompt and an image, or empty.
+        mask: whether every task is one with a mask.
+        inpaint: the one for a prompt, an image and a mask, or empty.
+        control: the three in the same order for a ControlNet's hint beside those, or none.
         negative: whether it takes a negative prompt.
         encoders: the text encoders, each with a tokenizer of the same ending.
         denoiser: the component that denoises, by the pipelines' name.
@@ -42,10 +63,15 @@ class Runner:
     denoiser: str = "unet"
     given: Mapping[str, Any] = field(default_factory=lambda: _UNCHECKED)
     kept: tuple[str, ...] = ()
+    inpaint: str = ""
+    control: tuple[str, ...] = ()
 
-    def class_name(self, image_to_image: bool) -> str:
-        """The class for one of the two tasks; where there is only one, that."""
-        return self.image_to_image if image_to_image or self.mask else self.text_to_image
+    def class_name(self, task: Task) -> str:
+        """The class for a task; where there is only one, that; empty where there is none."""
+        mask = task.mask or self.mask
+        plain = (self.text_to_image, self.image_to_image, self.inpaint)
+        names = (self.control or ("", "", "")) if task.control else plain
+        return names[2 if mask else 1 if task.image else 0]
 
 
 _PAIR = ("text_encoder", "text_encoder_2")
@@ -54,12 +80,23 @@ _KEPT = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 # Watermarks would make an image depend on whether a package for them is installed.
 _PLAIN = {"add_watermarker": False}
 
+_XL_RUNNER = Runner(
+    *_XL, encoders=_PAIR, given=_PLAIN, kept=_KEPT, inpaint=_XL_INPAINT, control=_XL_CONTROL
+)
+
 RUNNERS: Mapping[str, Runner] = {
-    **dict.fromkeys(_DIFFUSION, Runner(*_DIFFUSION)),
+    **dict.fromkeys(
+        (*_DIFFUSION, *_CONTROL[:2]), Runner(*_DIFFUSION, inpaint=_INPAINT, control=_CONTROL)
+    ),
     **dict.fromkeys(_CONSISTENCY, Runner(*_CONSISTENCY, negative=False)),
-    _INPAINT: Runner("", _INPAINT, mask=True),
-    **dict.fromkeys(_XL, Runner(*_XL, encoders=_PAIR, given=_PLAIN, kept=_KEPT)),
+    **dict.fromkeys(
+        (_INPAINT, _CONTROL[2]), Runner("", "", mask=True, inpaint=_INPAINT, control=_CONTROL)
+    ),
+    **dict.fromkeys((*_XL, *_XL_CONTROL[:2]), _XL_RUNNER),
+    **dict.fromkeys(
+        (_XL_INPAINT, _XL_CONTROL[2]),
+        replace(_XL_RUNNER, text_to_image="", image_to_image="", mask=True),
+    ),
     **dict.fromkeys(_SD3, Runner(*_SD3, encoders=_THREE, denoiser="transformer", given={})),
-    _XL_INPAINT: Runner("", _XL_INPAINT, mask=True, encoders=_PAIR, given=_PLAIN, kept=_KEPT),
 }
 """The class that ``model_index.json`` names to what runs it."""

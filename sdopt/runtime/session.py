@@ -17,6 +17,7 @@ PURPOSE = {
     "text_encoder": "it turns the prompts into numbers",
     "text_encoder_2": "it turns the prompts into numbers, too",
     "text_encoder_3": "it turns the prompts into numbers, too",
+    "controlnet": "it turns the control image into what the UNet adds",
     "unet": "it denoises",
     "transformer": "it denoises",
     "vae_encoder": "image-to-image encodes the start image with it",
@@ -62,7 +63,12 @@ def opener(target: str) -> Opener:
 
 
 def choose_stages(
-    bundle: Bundle, target: Opener, stage: str | None, *, image_to_image: bool
+    bundle: Bundle,
+    target: Opener,
+    stage: str | None,
+    *,
+    image_to_image: bool,
+    control: bool = False,
 ) -> dict[str, Stage]:
     """The stage to run of each component that is needed.
 
@@ -75,8 +81,9 @@ def choose_stages(
         UnknownNameError: no component has the stage.
     """
     before = _BEFORE.get(bundle.manifest.family, _BEFORE_BY_DEFAULT)
+    hint = ("controlnet",) if control else ()
     vae = ("vae_encoder", "vae_decoder") if image_to_image else ("vae_decoder",)
-    needed = [name for name in (*before, *vae) if not _left_out(bundle, name)]
+    needed = [name for name in (*before, *hint, *vae) if not _left_out(bundle, name)]
     for name in needed:
         if name not in bundle.components or not bundle.stages(name):
             raise BundleError(

@@ -84,7 +84,7 @@ def words(
     found += [f"--input_format={sizes.input_format}", f'--input_shape="{sizes.inputs}"']
     found += [sizes.gears] if sizes.gears else []
     found += [f"--precision_mode_v2={precision}"] if precision else []
-    found += _FAST if order.role is Role.DENOISER else ()
+    found += _FAST if order.role in (Role.DENOISER, Role.CONTROLNET) else ()
     return [*found, "--log=error"]
 
 

@@ -24,6 +24,7 @@ _FAMILIES = {"sd1": "sdv15"}
 _FILES = {
     Role.TEXT_ENCODER: ("te", "text"),
     Role.DENOISER: ("unet", "unet_multisize"),
+    Role.CONTROLNET: ("cn", "cn_multisize"),
     Role.VAE_DECODER: ("vd", "vd_multisize"),
     Role.VAE_ENCODER: ("ve", "ve_multisize"),
 }
@@ -50,10 +51,13 @@ def quantize_of(role: Role, dtype: str) -> str:
     """Sophgo's word for the type of a component; only the denoiser's is chosen by ``dtype``.
 
     The text encoder is F32 and the VAE BF16, as in Sophgo's pipelines (the VAE's activations leave
-    the range of F16 at full size); ``fp32`` holds for all.
+    the range of F16 at full size), and the ControlNet F16 beside a quantized denoiser; ``fp32``
+    holds for all.
     """
     if role is Role.TEXT_ENCODER or dtype == "fp32":
         return "F32"
     if role in (Role.VAE_ENCODER, Role.VAE_DECODER):
         return "BF16"
+    if role is Role.CONTROLNET and dtype not in ("fp16", "bf16"):
+        return "F16"
     return _DENOISER[dtype]

@@ -32,6 +32,10 @@ _CHIPS = {"duo": "Ascend310P", "a2": "Ascend910B"}
 """The chips that each attention kernel is written for."""
 
 
+_STEPS = (Role.DENOISER, Role.CONTROLNET)
+"""What runs at every step, and takes the timestep."""
+
+
 @dataclass(frozen=True)
 class Atc(Target):
     """Ascend .om models for 310P, 910B and their relatives, by the ATC that the user has.
@@ -101,7 +105,7 @@ class Atc(Target):
         parts += ["quick_gelu:kernel=ascend"] if self.gelu == "kernel" else []
         parts += ["quick_gelu"] if self.gelu != "erf" else []
         parts += [f"flash_attention={self.attention}"] if self.attention != "plain" else []
-        keep = ":timestep=keep" if self.timestep == "keep" or role is not Role.DENOISER else ""
+        keep = ":timestep=keep" if self.timestep == "keep" or role not in _STEPS else ""
         return ",".join([*parts, f"lower_ascend{keep}", f"lower_opset={self.opset}"])
 
     def sized(self, request: Request) -> Atc:
@@ -159,7 +163,8 @@ class Atc(Target):
     def _numbers(self, role: Role) -> list[dict[str, int]]:
         """The numbers of the dynamic axes of a component at each gear."""
         low, high = parse_batch(self.batch or "1")
-        doubled = role is Role.DENOISER and not self.parallel
+        # The halves of guidance go to two devices in the denoiser; its ControlNet takes both.
+        doubled = role is Role.CONTROLNET or (role is Role.DENOISER and not self.parallel)
         pixels = role is Role.MODEL
         extra = {name: int(size) for name, _, size in (one.partition("@") for one in self.dims)}
         return [

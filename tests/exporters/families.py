@@ -13,6 +13,8 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -58,6 +60,9 @@ def reference(folder: Path, component: str) -> Callable[[Tensors], Tensors]:
         model = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
         return lambda feeds: {"out_sample": _unet(model, dict(feeds))}
     if component.startswith("vae"):
+        config = AutoencoderKL.load_config(folder / "vae")
+        if config["_class_name"] == "AutoencoderTiny":
+            return _tiny_vae(AutoencoderTiny.from_pretrained(folder / "vae").eval(), component)
         vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
         if component == "vae_decoder":
             return lambda feeds: {"sample": vae.decode(feeds["latent_sample"]).sample}
@@ -79,8 +84,31 @@ def reference(folder: Path, component: str) -> Callable[[Tensors], Tensors]:
 
 def _unet(model: UNet2DConditionModel, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
     added = {name: feeds.pop(name) for name in ADDED if name in feeds}
-    result: torch.Tensor = model(**feeds, added_cond_kwargs=added).sample
+    given: dict[str, Any] = {name: one for name, one in feeds.items() if "." not in name}
+    if down := [one for name, one in feeds.items() if "." in name]:
+        given["down_block_additional_residuals"] = down
+    result: torch.Tensor = model(**given, added_cond_kwargs=added).sample
     return result
+
+
+def controlnet_reference(folder: Path) -> Callable[[Tensors], Tensors]:
+    """A ControlNet's folder in PyTorch: the graph's inputs to its outputs."""
+    model = ControlNetModel.from_pretrained(folder).eval()
+
+    def run(feeds: Tensors) -> Tensors:
+        added = {name: one for name, one in feeds.items() if name in ADDED}
+        given = {name: one for name, one in feeds.items() if name not in ADDED}
+        down, mid = model(**given, added_cond_kwargs=added, return_dict=False)
+        found = {f"down_block_res_samples.{i}": one for i, one in enumerate(down)}
+        return {**found, "mid_block_res_sample": mid}
+
+    return run
+
+
+def _tiny_vae(vae: AutoencoderTiny, component: str) -> Callable[[Tensors], Tensors]:
+    if component == "vae_decoder":
+        return lambda feeds: {"sample": vae.decode(feeds["latent_sample"]).sample}
+    return lambda feeds: {"latent_sample": vae.encode(feeds["sample"]).latents}
 
 
 def _text(found: Any) -> Tensors:
@@ -112,6 +140,23 @@ def latents(pipeline: Any, prompt: str, **options: Any) -> torch.Tensor:
     given = {"num_inference_steps": 4, "output_type": "latent", **options}
     result: torch.Tensor = pipeline(prompt, generator=generator, **given).images
     return result
+
+
+def inpainted(pipeline: Any, image: Any, mask: Any, strength: float) -> np.ndarray:
+    """What an inpainting pipeline of diffusers makes of an image in four steps from seed 3."""
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(
+        "ab",
+        image=image,
+        mask_image=mask,
+        strength=strength,
+        width=image.width,
+        height=image.height,
+        num_inference_steps=4,
+        guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(3),
+    )
+    return np.asarray(found.images[0], float)
 
 
 def fused(report: Report) -> dict[str, Mapping[str, int]]:
@@ -172,6 +217,15 @@ def unet(**options: Any) -> UNet2DConditionModel:
         "norm_num_groups": 4,
     }
     return tiny._scramble(UNet2DConditionModel(**(given | options)), 1)
+
+
+def controlnet(folder: Path, source: Path) -> None:
+    """Write a random ControlNet for the UNet of the pipeline in ``source``."""
+    model = UNet2DConditionModel.from_pretrained(source / "unet")
+    made = ControlNetModel.from_unet(
+        model, conditioning_embedding_out_channels=(4, 4, 8, 8), load_weights_from_unet=False
+    )
+    save(tiny._scramble(made, 7), folder)
 
 
 def text_config(**options: Any) -> CLIPTextConfig:

@@ -129,6 +129,15 @@ def test_inpainting_equals_pytorch(source: Path, bundle: Path, tmp_path: Path) -
     assert distance(found[0].numpy(), found[1]) <= IMAGE
 
 
+def test_run_inpaints_and_an_empty_negative_is_none(source: Path, bundle: Path) -> None:
+    theirs = StableDiffusionXLInpaintPipeline.from_pretrained(source, add_watermarker=False)
+    mask = Image.fromarray(np.eye(72, 104, dtype=np.uint8) * 255)
+    want = families.inpainted(theirs, picture(), mask, 0.9)
+    options: dict[str, Any] = {"image": picture(), "mask": mask, "strength": 0.9, "steps": 4}
+    (got,) = generate(bundle, ["ab"], seed=3, **options)
+    assert np.abs(np.asarray(got.image, float) - want).max() <= 1
+
+
 def test_the_first_encoder_skips_layers(source: Path, bundle: Path) -> None:
     ours = sdopt.load_pipeline(bundle)
     theirs = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)

@@ -75,10 +75,19 @@ def test_inpainting(inpaint: tuple[Path, Path]) -> None:
     assert distance(found[0].numpy(), found[1]) <= IMAGE
 
 
+def test_run_inpaints(inpaint: tuple[Path, Path]) -> None:
+    source, bundle = inpaint
+    theirs = StableDiffusionInpaintPipeline.from_pretrained(source, safety_checker=None)
+    mask = Image.fromarray(np.eye(72, 104, dtype=np.uint8) * 255)
+    want = families.inpainted(theirs, picture(0), mask, 1.0)
+    (got,) = generate(bundle, ["ab"], image=picture(0), mask=mask, steps=4, seed=3)
+    assert np.abs(np.asarray(got.image, float) - want).max() <= 1
+
+
 def test_run_says_that_it_has_no_mask(inpaint: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="wants a mask") as caught:
         list(generate(inpaint[1], ["a"]))
-    assert "load_pipeline" in str(caught.value)
+    assert "--mask FILE" in str(caught.value)
 
 
 def test_a_unet_with_the_scale_of_guidance(consistency: tuple[Path, Path]) -> None:
