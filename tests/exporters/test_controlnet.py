@@ -387,3 +387,18 @@ def test_compare_knows_both(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.control, whole / "controlnet")
     for component in ("controlnet", "unet"):
         assert compare(whole, f"{made.bundle}@optimized", components=[component]).passed
+
+
+def test_one_of_stable_diffusion_2(tmp_path: Path) -> None:
+    families.sd2(tmp_path / "source", tmp_path / "tokenizer")
+    families.controlnet(tmp_path / "control", tmp_path / "source")
+    api.export(tmp_path / "control", tmp_path / "bundle")
+    model = families.controlnet_reference(tmp_path / "control")
+    session = Ort().open(Bundle.open(tmp_path / "bundle").stage("controlnet", "model").path)
+    for seed, size in enumerate(SIZES):
+        feeds = feeds_of("sd", size, seed)
+        generator = torch.Generator().manual_seed(seed)
+        sides = (8 * size[0], 8 * size[1])
+        feeds["controlnet_cond"] = torch.rand(1 + seed % 3, 3, *sides, generator=generator)
+        feeds["conditioning_scale"] = torch.tensor(0.5)
+        families.check(session, model, feeds, FP32)
