@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt import datafile
+from sdopt.adapters.requests import Asked
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
 from sdopt.report import Progress, part
+from sdopt.runtime.adapting import Adapted, adapt
 from sdopt.runtime.pipeline import assemble, runner_of
 from sdopt.runtime.request import Request, check_numbers, check_runner, image_size, start_image
 from sdopt.runtime.session import REFINER, Opener, choose_stages, digest_of, opener
@@ -30,7 +32,8 @@ class Generated:
     """One image and everything that it takes to make it again.
 
     ``strength`` is None for text-to-image; ``stages`` maps each component to the stage that ran;
-    ``bundle`` is the digest of those stages, weights included.
+    ``bundle`` is the digest of those stages, weights included and adapters not: ``loras`` holds
+    for each of these its file's name, the digest of that and the scale.
     """
 
     image: Image
@@ -45,6 +48,7 @@ class Generated:
     strength: float | None
     stages: dict[str, str]
     bundle: str
+    loras: tuple[str, ...] = ()
 
     def text(self) -> dict[str, str]:
         """What ``save_png`` writes into the file, key by key."""
@@ -59,6 +63,8 @@ class Generated:
             "stages": ", ".join(f"{name}@{stage}" for name, stage in self.stages.items()),
             "bundle": self.bundle,
         }
+        if self.loras:
+            facts["loras"] = ", ".join(self.loras)
         if self.strength is not None:
             facts["strength"] = self.strength
         return {key: str(value) for key, value in facts.items()}
@@ -82,6 +88,7 @@ def generate(
     stage: str | None = None,
     target: str | Opener = "ort",
     device: str | None = None,
+    loras: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> Iterator[Generated]:
     """Make ``count`` images of every prompt, ``batch`` at a time; yields each when it is done.
@@ -106,11 +113,13 @@ def generate(
         stage: the stage to run; the newest that fits by default.
         target: what runs it, as text (``ort:threads=2``) or as an object that opens graphs.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
+        loras: adapters, ``FILE``, ``FILE:0.8`` or ``(FILE, 0.8)``; see ``load_pipeline``.
         progress: is told the image and the step.
 
     Raises:
         UsageError: a size, count or strength that cannot be.
-        BundleError, UnknownNameError, MissingDependencyError, BuildError: see ``load_pipeline``.
+        WeightsError, BundleError, UnknownNameError, MissingDependencyError, BuildError: see
+            ``load_pipeline``.
     """
     check_numbers(prompts, steps, seed, count, batch)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -124,9 +133,10 @@ def generate(
     chosen = opener(target) if isinstance(target, str) else target
     stages = choose_stages(opened, chosen, stage, image_to_image=start is not None)
     size = image_size(width, height, start, opened.config("vae_decoder"), opened.config("unet"))
+    adapted = adapt(opened, stages, loras)
     pipeline = assemble(
         opened,
-        stages,
+        adapted,
         chosen,
         image_to_image=start is not None,
         scheduler=scheduler,
@@ -136,9 +146,8 @@ def generate(
     request = Request(negative, steps, guidance, *size)
     if start is not None:
         request = request.starting_from(start, strength)
-    names = {name: one.name for name, one in stages.items()}
     jobs = [prompt for prompt in prompts for _ in range(count)]
-    return _generate(pipeline, jobs, seed, batch, request, names, digest_of(stages), progress)
+    return _generate(pipeline, jobs, seed, batch, request, adapted, progress)
 
 
 def _generate(
@@ -147,10 +156,11 @@ def _generate(
     seed: int,
     batch: int,
     request: Request,
-    stages: dict[str, str],
-    digest: str,
+    adapted: Adapted,
     progress: Progress | None,
 ) -> Iterator[Generated]:
+    digest = digest_of(adapted.stages)
+    names = {name: one.name for name, one in adapted.stages.items()}
     for first in range(0, len(jobs), batch):
         prompts = jobs[first : first + batch]
         label = _label(first, len(prompts), len(jobs))
@@ -169,8 +179,9 @@ def _generate(
                 width=image.width,
                 height=image.height,
                 strength=request.strength,
-                stages=stages,
+                stages=names,
                 bundle=digest,
+                loras=tuple(map(str, adapted.loras)),
             )
 
 

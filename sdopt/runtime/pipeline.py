@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdopt import spec
+from sdopt.adapters.requests import Asked
 from sdopt.bundle import Bundle, Stage
 from sdopt.errors import BundleError, MissingDependencyError
+from sdopt.runtime.adapting import Adapted, adapt
 from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
 from sdopt.runtime.runners import RUNNERS, Runner
 from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import REFINER, Opener, choose_stages, opener
+from sdopt.session import Session
 
 INDEX, WHAT_INDEX = "model_index.json", "which pipeline this is"
 
@@ -29,6 +32,7 @@ def load_pipeline(
     image_to_image: bool = False,
     scheduler: str | None = None,
     device: str | None = None,
+    loras: Sequence[Asked] = (),
 ) -> Any:
     """A diffusers pipeline whose models are sessions on a bundle's graphs.
 
@@ -42,8 +46,11 @@ def load_pipeline(
         image_to_image: the family's image-to-image pipeline in place of the text-to-image one.
         scheduler: a short name (``ddim``, ``euler``, ``dpm++``, ...); the bundle's by default.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
+        loras: adapters to apply to the stages while they are loaded: ``FILE``, ``FILE:0.8`` or
+            ``(FILE, 0.8)``. The bundle stays as it is.
 
     Raises:
+        WeightsError: an adapter that fits no component, or a stage that it cannot be applied to.
         BundleError: a component, the tokenizer or the scheduler is missing or not of this family.
         UnknownNameError: an unknown stage, target or scheduler.
         MissingDependencyError: diffusers or the target's runtime is not installed.
@@ -54,7 +61,7 @@ def load_pipeline(
     stages = choose_stages(opened, chosen, stage, image_to_image=image_to_image)
     return assemble(
         opened,
-        stages,
+        adapt(opened, stages, loras),
         chosen,
         image_to_image=image_to_image,
         scheduler=scheduler,
@@ -64,7 +71,7 @@ def load_pipeline(
 
 def assemble(
     bundle: Bundle,
-    stages: Mapping[str, Stage],
+    adapted: Adapted,
     target: Opener,
     *,
     image_to_image: bool,
@@ -72,7 +79,7 @@ def assemble(
     device: str | None = None,
 ) -> Any:
     """The pipeline over those stages; see ``load_pipeline``."""
-    runner = runner_of(bundle)
+    runner, stages = runner_of(bundle), adapted.stages
     cls = _pipeline_class(runner.class_name(image_to_image))
     from sdopt.runtime import schedulers
     from sdopt.runtime.components import TextEncoder, Unet, Vae
@@ -86,8 +93,12 @@ def assemble(
     )
     tokenizers = _tokenizers(bundle, index, runner, stages)
     devices = targets_for(target, device) if device is not None else [target]
-    sessions = {name: open_stage(devices[0], stage.path) for name, stage in stages.items()}
-    halves = [sessions["unet"], *(open_stage(d, stages["unet"].path) for d in devices[1:])]
+
+    def session(target: Opener, name: str) -> Session:
+        return open_stage(target, stages[name].path, replaced=adapted.replaced.get(name))
+
+    sessions = {name: session(devices[0], name) for name in stages}
+    halves = [sessions["unet"], *(session(one, "unet") for one in devices[1:])]
     unet = on_halves(halves, halved=_is_halved(stages["unet"]), where=str(stages["unet"].path))
     return cls(
         vae=Vae(
