@@ -99,6 +99,24 @@ class Merged(weights.BlockTensor):
             yield done.reshape(-1)
 
 
+def total(
+    shape: Sequence[int], updates: Sequence[Update], dtype: ir.DataType, name: str
+) -> weights.BlockTensor:
+    """The sum of updates of a weight of that shape, without the weight, in blocks of rows."""
+    wide, columns = dtype.numpy(), math.prod(shape[1:])
+    step = max(1, weights.BLOCK_BYTES // max(1, columns * wide.itemsize))
+
+    def blocks() -> weights.Blocks:
+        factors = [update.factors(wide.type) for update in updates]
+        for row in range(0, shape[0], step):
+            first, *others = (left[row : row + step] @ right for left, right in factors)
+            for one in others:
+                first += one
+            yield first.reshape(-1)
+
+    return weights.BlockTensor(blocks, dtype, shape, name)
+
+
 def merge(base: ir.TensorProtocol, update: Update) -> Merged:
     """``base`` with one more update; several are added up before they are rounded."""
     if isinstance(base, Merged):

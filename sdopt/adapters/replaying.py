@@ -136,8 +136,9 @@ def _update(
     """What is added to a weight of that origin, in the ``wide`` type."""
     match origin:
         case Leaf(leaf, shape):
-            zeros = weights.full(shape, 0.0, wide, leaf)
-            return merging.Merged(zeros, changes[leaf]) if leaf in changes else zeros
+            if leaf in changes:
+                return merging.total(shape, changes[leaf], wide, leaf)
+            return weights.full(shape, 0.0, wide)
         case Constant(shape):
             return weights.full(shape, 0.0, wide)
         case Made(how, of, options):
@@ -176,8 +177,10 @@ def _sum(stored: ir.TensorProtocol, update: ir.TensorProtocol, name: str) -> wei
         before = weights.rechunk(weights.read_blocks(stored), step)
         after = weights.rechunk(weights.read_blocks(update), step)
         for block, more in zip(before, after, strict=True):
+            total = block.astype(wide)
+            total += more
             with np.errstate(over="ignore"):
-                done = (block.astype(wide) + more).astype(narrow)
+                done = total.astype(narrow)
             if not np.isfinite(done).all():
                 raise WeightsError(
                     f"{name}: with its adapters it is no longer finite in {stored.dtype}",
