@@ -26,6 +26,7 @@ from sdopt.targets.onnx import Onnx
 from tests import lora_files
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
+from tests.test_cli import Shell
 
 SCALE = 0.7
 IMAGE = 2e-5
@@ -230,6 +231,26 @@ def test_the_png_says_which_adapters(made: Made, tmp_path: Path) -> None:
     (plain,) = generate(made.bundle, ["ab"], steps=1)
     assert "loras" not in plain.text()
     assert plain.bundle == one.bundle
+
+
+def test_the_command_line(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    shell = Shell(monkeypatch, capsys)
+    words = ("run", str(made.bundle), "-p", "ab", "--steps", "1", "--seed", "3")
+    loras = ("--lora", f"{made.lora}:0.5", "--lora", str(made.other))
+    code, out, err = shell(*words, *loras, "-o", str(tmp_path))
+    assert (code, out) == (0, f"{tmp_path / '0000.png'}\n"), err
+    (wanted,) = generate(
+        made.bundle, ["ab"], steps=1, seed=3, loras=[(made.lora, 0.5), (made.other, 1)]
+    )
+    assert np.array_equal(np.array(Image.open(tmp_path / "0000.png")), np.array(wanted.image))
+    code, out, err = shell(*words, "--lora", "nothing.safetensors:0.5")
+    assert (code, out) == (2, "")
+    assert "the adapter file cannot be read" in err
+    assert "Traceback" not in err
 
 
 def test_a_packed_bundle_needs_no_raw_stage(made: Made, tmp_path: Path) -> None:
