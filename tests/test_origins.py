@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
 from sdopt import modelfile, origins, weights
-from sdopt.adapters import replaying
+from sdopt.adapters import merging, replaying, requests
 from sdopt.errors import BundleError
 from sdopt.manifest import RECORD_KEY
 from sdopt.origins import Constant, Leaf, Made, Origin
@@ -136,6 +138,38 @@ def test_a_newer_record_says_so(raw: ir.Model, tmp_path: Path) -> None:
     modelfile.annotate(tmp_path / "b.onnx", tmp_path / "c.onnx", origins.ORIGINS_KEY, text)
     with pytest.raises(BundleError, match="newer sdopt"):
         modelfile.load(tmp_path / "c.onnx")
+
+
+def test_a_large_weight_is_updated_in_blocks(tmp_path: Path) -> None:
+    """256 MiB of weight, cast and joined to another: a few blocks are in memory at once."""
+    side = 8192
+    folder = tmp_path / "large"
+    folder.mkdir()
+    with open(folder / "data", "wb") as file:
+        file.truncate(4 * side * side)
+    big = ir.ExternalTensor(
+        "data", 0, 4 * side * side, ir.DataType.FLOAT, shape=ir.Shape((side, side)),
+        name="big", base_dir=folder,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    down, up = (rng.standard_normal(s).astype(np.float32) for s in ((2, side), (side, 2)))
+    save_file({"big.lora_A.weight": down, "big.lora_B.weight": up}, tmp_path / "a.safetensors")
+    (lora,) = requests.read([tmp_path / "a.safetensors"])
+    update = merging.Update(lora.adapters[0], 1.0, False, lora.digest)
+    leaf = Leaf("big", (side, side))
+    origin = Made("concat", (Made("cast", (leaf,)), Constant((8, side))), (("axis", 0),))
+    stored = weights.concat([big, weights.full((8, side), 0.0, ir.DataType.FLOAT)])
+    made = replaying._update(origin, "big", {"big": [update]}, ir.DataType.FLOAT, "here")
+    whole = replaying._sum(stored, made, "big")
+    tracemalloc.start()
+    try:
+        rows = [block[: 2 * side].copy() for block in whole.blocks()]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(block.size for block in whole.blocks()) == (side + 8) * side
+    np.testing.assert_allclose(rows[0].reshape(2, side), up[:2] @ down, rtol=1e-5, atol=1e-5)
+    assert peak < 10 * weights.BLOCK_BYTES < stored.nbytes
 
 
 def test_equal_recipes_are_one_weight(raw: ir.Model) -> None:

@@ -73,7 +73,8 @@ def _replace_by_constants(
         return
     for output, array in zip(node.outputs, arrays, strict=True):
         tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape))
-        read = tuple(v.const_value for v in node.inputs if v is not None and v.const_value)
+        given = (v.const_value for v in node.inputs if v is not None)
+        read = tuple(one for one in given if one is not None)
         weights.made_by(tensor, weights.Recipe("fold", read, (("op", node.op_type),)))
         value = graph.add_initializer(one, tensor, ctx.unique(output.name or "folded"))
         output.replace_all_uses_with(value)
