@@ -30,7 +30,8 @@ class Lora(Pass):
     nearest names. A file that is in the model already is not merged again.
 
     Numerics: reassociated, beside the same model merged in PyTorch. Beside a stage without the
-    adapter it is another model, and ``sdopt compare`` calls that pair unjudged.
+    adapter it is another model, and ``sdopt compare`` calls that pair unjudged. To try adapters on
+    a stage that is there, ``sdopt run --lora FILE:scale`` needs no pass.
 
     Options:
         file: the safetensors file.
