@@ -196,6 +196,15 @@ def test_images_equal_pytorch(made: Made, stage: str) -> None:
     assert distance(found[0].numpy(), found[1]) <= IMAGE
 
 
+def test_both_devices_of_a_run_have_the_adapter(made: Made) -> None:
+    options: dict[str, Any] = {"stage": "optimized", "loras": [(made.lora, SCALE)]}
+    pipelines = [
+        sdopt.load_pipeline(made.bundle, device=device, **options) for device in (None, "cpu,cpu")
+    ]
+    one, other = (families.latents(each, "ab a", guidance_scale=3.0) for each in pipelines)
+    assert distance(one.numpy(), other) <= 1e-6
+
+
 def test_scale_0_is_none(made: Made) -> None:
     assert replaced(made.bundle, "unet", "optimized", (made.lora, 0.0)) == {}
     with pytest.raises(WeightsError):  # yet what does not fit is said
@@ -356,6 +365,18 @@ def test_a_stage_of_a_foreign_tool_is_refused_by_name(
     api.optimize(made.bundle, passes, stage="mine", components=["unet"])
     with pytest.raises(WeightsError, match=r"time_embedding\.linear_1\.weight: nothing tells"):
         sdopt.load_pipeline(made.bundle, stage="mine", loras=[made.lora])
+
+
+def test_simplify_is_refused_where_it_computed_weights(made: Made) -> None:
+    """It transposes the UNet's small weights, and leaves the text encoder's alone."""
+    pytest.importorskip("onnxsim")
+    both = ["unet", "text_encoder"]
+    api.optimize(made.bundle, "simplify", stage="simple", components=both)
+    with pytest.raises(WeightsError, match="nothing tells which weights it was made of"):
+        replaced(made.bundle, "unet", "simple", made.lora)
+    model = families.reference(made.fused((made.lora, SCALE)), "text_encoder")
+    session = lora_files.opened(made.bundle, "text_encoder", "simple", [(made.lora, SCALE)])
+    families.check(session, model, families.feeds_of("text_encoder", (9, 13), 1), FP32)
 
 
 def test_a_script_that_leaves_the_weights_alone_costs_nothing(
