@@ -55,7 +55,7 @@ def replay(
             "this stage does not say where its weights came from",
             where=where,
             why="it was written by an sdopt that did not record it",
-            hint=f"make the stage again (--force); or {_MERGE}",
+            hint=f"make the stage again, as it was made; or {_MERGE}",
         )
     tables = known.tables
     _refuse_unknown(tables, where)
