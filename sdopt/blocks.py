@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,37 @@ INLINE_BYTES = 1024
 Blocks = Iterator[np.ndarray]
 
 
+_RECIPE = "sdopt.recipe"
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What a tensor is made of, and how: the word of an operation, its operands, its options.
+
+    A stage records it for each of its weights (``sdopt.origins``); the words that can be replayed
+    there are those of ``sdopt.weights``. Options are what JSON can hold, tuples for lists.
+    """
+
+    how: str
+    of: tuple[ir.TensorProtocol, ...] = ()
+    options: tuple[tuple[str, Hashable], ...] = ()
+
+    def key(self) -> Hashable:
+        """Equal for two recipes only if what they make is equal."""
+        return (self.how, tuple(map(_kept, self.of)), self.options)
+
+
+UNKNOWN = Recipe("unknown")
+"""Of a tensor that a foreign tool made of nobody knows what."""
+
+
 class BlockTensor(ir.LazyTensor):
     """A computed tensor that yields its elements in row-major order as flat arrays.
 
     ``blocks`` is called once per evaluation and must yield exactly ``shape``'s elements. Writing
     (``tofile``) holds one block; ``numpy`` holds the whole tensor and is meant for tests. Two
-    tensors of one ``recipe`` hold the same elements, so that one of them is written.
+    tensors of one ``recipe`` hold the same elements, so that one of them is written; without one
+    nobody can tell what it was made of, and no adapter can be applied to it later.
     """
 
     def __init__(
@@ -34,7 +60,7 @@ class BlockTensor(ir.LazyTensor):
         dtype: ir.DataType,
         shape: Sequence[int],
         name: str = "",
-        recipe: Hashable = None,
+        recipe: Recipe = UNKNOWN,
     ) -> None:
         self._blocks = blocks
         self.recipe = recipe
@@ -57,9 +83,43 @@ def identity(tensor: ir.TensorProtocol) -> Hashable:
     if isinstance(tensor, ir.ExternalTensor):
         place = (os.path.realpath(tensor.path), tensor.offset or 0)
         return (*place, tensor.dtype, tuple(tensor.shape.numpy()))
-    if isinstance(tensor, BlockTensor) and tensor.recipe is not None:
-        return tensor.recipe
+    if isinstance(tensor, BlockTensor) and tensor.recipe is not UNKNOWN:
+        return tensor.recipe.key()
     return id(tensor)
+
+
+def made_by(tensor: ir.TensorProtocol, recipe: Recipe) -> ir.TensorProtocol:
+    """Note on a tensor in memory what it was made of; returns it."""
+    if isinstance(tensor, ir.Tensor):
+        tensor.meta[_RECIPE] = recipe
+    return tensor
+
+
+def recipe_of(tensor: ir.TensorProtocol) -> Recipe | None:
+    """What a tensor was made of, or None for one that was not computed."""
+    if isinstance(tensor, BlockTensor):
+        return tensor.recipe
+    found: Recipe | None = tensor.meta.get(_RECIPE) if isinstance(tensor, ir.Tensor) else None
+    return found
+
+
+def _kept(tensor: ir.TensorProtocol) -> Hashable:
+    """The identity of an operand; an object stays alive with the key that names it."""
+    known = identity(tensor)
+    return _Object(tensor) if isinstance(known, int) else known
+
+
+class _Object:
+    """A tensor that is only itself; holding it keeps its ``id`` from being given away."""
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
 
 
 def read_blocks(tensor: ir.TensorProtocol, block_bytes: int = BLOCK_BYTES) -> Blocks:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from sdopt import companions, datafile, wellformed
+from sdopt import companions, datafile, origins, wellformed
 from sdopt.errors import BundleError, WeightsError
 from sdopt.weights import INLINE_BYTES, check_location, identity
 
@@ -31,9 +31,7 @@ class Saved:
 
 
 def load(path: Path) -> ir.Model:
-    """Open an ONNX file; weights stay ranges of their files, each checked to be there in full.
-
-    Its companions, if it has any, are opened with it and attached.
+    """Open an ONNX file and its companions; weights stay ranges of files, checked to be there.
 
     Raises:
         BundleError: no such file, not an ONNX file, or a graph that nothing could run: a cycle,
@@ -43,16 +41,16 @@ def load(path: Path) -> ir.Model:
     """
     model = _load_one(path, "no such ONNX file", None)
     text = model.metadata_props.get(companions.PLAN_KEY)
-    if text is None:
-        return model
-    plan, graphs = companions.Plan.loads(text, str(path)), {}
-    for one in plan.graphs:
-        graphs[one.name] = _load_one(
-            path.with_name(one.file),
-            f"the companion {one.name!r} of a graph is missing",
-            f"copy it with {path.name}; sdopt pack copies all that belongs together",
-        )
-    companions.adopt(model, plan, graphs)
+    if text is not None:
+        plan, graphs = companions.Plan.loads(text, str(path)), {}
+        for one in plan.graphs:
+            graphs[one.name] = _load_one(
+                path.with_name(one.file),
+                f"the companion {one.name!r} of a graph is missing",
+                f"copy it with {path.name}; sdopt pack copies all that belongs together",
+            )
+        companions.adopt(model, plan, graphs)
+    origins.attach(model, list(companions.family(model)), str(path))
     return model
 
 
@@ -126,6 +124,7 @@ def save(model: ir.Model, path: Path) -> Saved:
         StorageError: the disk is full or the folder is not writable.
         WeightsError: a weight's source is missing or short.
     """
+    origins.describe(model, companions.family(model))
     count = _write_weights(model, path)
     attached, files = companions.of(model), {}
     for name, one in companions.graphs(model).items():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt import companions, modelfile, provenance
+from sdopt import companions, modelfile, origins, provenance
 from sdopt.bundle import OPTIMIZED, Bundle, Stage
 from sdopt.errors import UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord
@@ -148,7 +148,8 @@ class Job:
         if self.target is not None:
             known |= self.target.lowering_versions()
         target = self.target.deciding() if self.target is not None else "None"
-        deciding = [source.digest, str(pipeline), self.seed, target, known]
+        # A stage of before origins were recorded is made again.
+        deciding = [source.digest, str(pipeline), self.seed, target, known, origins.SCHEMA]
         deciding += pipeline.reads()
         return dataclasses.replace(
             source.record,

@@ -8,7 +8,7 @@ to disk. Nothing here holds a whole weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -17,11 +17,14 @@ import onnx_ir as ir
 from sdopt.blocks import (
     BLOCK_BYTES,
     INLINE_BYTES,
+    UNKNOWN,
     Blocks,
     BlockTensor,
+    Recipe,
     byte_blocks,
     check_location,
     identity,
+    made_by,
     read_blocks,
     rechunk,
 )
@@ -29,8 +32,10 @@ from sdopt.blocks import (
 __all__ = [
     "BLOCK_BYTES",
     "INLINE_BYTES",
+    "UNKNOWN",
     "BlockTensor",
     "Blocks",
+    "Recipe",
     "byte_blocks",
     "cast",
     "channels_last",
@@ -41,6 +46,7 @@ __all__ = [
     "identity",
     "interleave",
     "largest",
+    "made_by",
     "read_blocks",
     "rechunk",
     "release",
@@ -68,7 +74,8 @@ def cast(
                 clipped = np.clip(block, -limit, limit) if saturate else block
                 yield clipped.astype(target)
 
-    recipe = ("cast", _kept(tensor), dtype, saturate)
+    options = (("to", int(dtype)), ("saturate", saturate))
+    recipe = Recipe("cast", (tensor,), options)
     return BlockTensor(blocks, dtype, tensor.shape.numpy(), tensor.name or "", recipe)
 
 
@@ -101,7 +108,7 @@ def concat(
             yield np.concatenate(columns, axis=1).reshape(-1)
 
     shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
-    recipe = ("concat", tuple(map(_kept, tensors)), axis)
+    recipe = Recipe("concat", tuple(tensors), (("axis", axis),))
     return BlockTensor(blocks, dtype, shape, name, recipe)
 
 
@@ -118,7 +125,7 @@ def add(a: ir.TensorProtocol, b: ir.TensorProtocol, name: str = "") -> ir.Tensor
         for left, right in zip(read_blocks(a), read_blocks(b), strict=True):
             yield (left.astype(np.float32) + right.astype(np.float32)).astype(left.dtype)
 
-    return BlockTensor(blocks, a.dtype, a.shape.numpy(), name, ("add", _kept(a), _kept(b)))
+    return BlockTensor(blocks, a.dtype, a.shape.numpy(), name, Recipe("add", (a, b)))
 
 
 def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtocol:
@@ -145,7 +152,7 @@ def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtoco
         for part in rechunk(read_blocks(tensor), step * width):
             yield np.moveaxis(part.reshape(-1, ins, *kernel), 1, -1).reshape(-1)
 
-    return BlockTensor(blocks, tensor.dtype, shape, name=name)
+    return BlockTensor(blocks, tensor.dtype, shape, name, Recipe("channels_last", (tensor,)))
 
 
 def interleave(
@@ -169,7 +176,10 @@ def interleave(
 
 def reshape(tensor: ir.TensorProtocol, shape: Sequence[int]) -> BlockTensor:
     """The same elements in another shape, block by block."""
-    return BlockTensor(lambda: read_blocks(tensor), tensor.dtype, shape, name=tensor.name or "")
+    dims = tuple(int(size) for size in shape)
+    recipe = Recipe("reshape", (tensor,), (("shape", dims),))
+    name = tensor.name or ""
+    return BlockTensor(lambda: read_blocks(tensor), tensor.dtype, dims, name, recipe)
 
 
 def reshaped(tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.TensorProtocol:
@@ -187,8 +197,10 @@ def reshaped(tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.TensorProtoc
             *place, shape=dims, name=tensor.name or "", base_dir=tensor.base_dir
         )
     if isinstance(tensor, ir.LazyTensor):
-        return BlockTensor(lambda: read_blocks(tensor), tensor.dtype, shape, tensor.name or "")
-    return ir.Tensor(tensor.numpy().reshape(tuple(shape)), dtype=tensor.dtype, name=tensor.name)
+        return reshape(tensor, shape)
+    array = tensor.numpy().reshape(tuple(shape))
+    made = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+    return made_by(made, Recipe("reshape", (tensor,), (("shape", tuple(shape)),)))
 
 
 def full(shape: Sequence[int], value: float, dtype: ir.DataType, name: str = "") -> BlockTensor:
@@ -200,27 +212,8 @@ def full(shape: Sequence[int], value: float, dtype: ir.DataType, name: str = "")
         for start in range(0, size, step):
             yield np.full(min(step, size - start), value, dtype.numpy())
 
-    recipe = ("full", tuple(shape), value, dtype)
+    recipe = Recipe("full", (), (("shape", tuple(shape)), ("value", value), ("to", int(dtype))))
     return BlockTensor(blocks, dtype, shape, name, recipe)
-
-
-def _kept(tensor: ir.TensorProtocol) -> Hashable:
-    """The identity of an operand; an object stays alive with the recipe that names it."""
-    known = identity(tensor)
-    return _Object(tensor) if isinstance(known, int) else known
-
-
-class _Object:
-    """A tensor that is only itself; holding it keeps its ``id`` from being given away."""
-
-    def __init__(self, tensor: ir.TensorProtocol) -> None:
-        self.tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and other.tensor is self.tensor
-
-    def __hash__(self) -> int:
-        return id(self.tensor)
 
 
 def largest(dtype: ir.DataType) -> float:

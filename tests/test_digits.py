@@ -215,3 +215,54 @@ def test_the_images_are_those_of_pytorch(digits_bundle: Path, stage: str) -> Non
         found, reference_pixels = (np.asarray(i, np.float64) for i in (one.image, image))
         assert reference_pixels.std() > 50
         assert np.abs(found - reference_pixels).mean() < 0.1  # the issue allows 1, that is 1/255
+
+
+def test_an_adapter_draws_the_next_digit(digits_bundle: Path) -> None:
+    """On the graph that was built without it, as diffusers draws with the merged weights."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    judge, _ = digits.train_classifier()
+    options: dict[str, Any] = {"steps": digits.STEPS, "guidance": digits.GUIDANCE, "batch": 10}
+    prompts, file = list(digits.PROMPTS), DIGITS / "next.safetensors"
+    found = {
+        scale: [
+            one.image for one in api.run(digits_bundle, prompts, loras=[(file, scale)], **options)
+        ]
+        for scale in (0.0, 1.0)
+    }
+    read = {s: judge.predict(digits.to_8x8(some).reshape(-1, 64)) for s, some in found.items()}
+    numbers = np.arange(10)
+    assert (read[0.0] == numbers).sum() >= 8
+    assert (read[1.0] == (numbers + 1) % 10).sum() >= 8
+    pipeline = StableDiffusionPipeline.from_pretrained(DIGITS).to(torch.float32)
+    pipeline.load_lora_weights(file)
+    pipeline.fuse_lora()
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompts[7],
+        num_inference_steps=digits.STEPS,
+        guidance_scale=digits.GUIDANCE,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    distance = np.abs(np.asarray(theirs, np.int64) - np.asarray(found[1.0][7], np.int64))
+    assert distance.max() <= 1  # one step of a byte
+
+
+def test_the_adapter_can_be_made_again(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    program = DIGITS / "make_adapter.py"
+    made = tmp_path / "next.safetensors"
+    subprocess.run(
+        [sys.executable, str(program), "-o", str(made)], check=True, capture_output=True
+    )
+    there, again = load_file(DIGITS / "next.safetensors"), load_file(made)
+    assert there.keys() == again.keys()
+    for key in (name for name in there if name.endswith("lora_B.weight")):
+        other = key.replace("lora_B", "lora_A")
+        one, two = (
+            s[key].astype(np.float64) @ s[other].astype(np.float64) for s in (there, again)
+        )
+        # Single vectors of a decomposition may turn; their product does not.
+        assert np.linalg.norm(one - two) <= 2e-3 * np.linalg.norm(one)

@@ -46,6 +46,10 @@ def run(
         str | None, typer.Option(help="The stage; the built or optimized one if any.")
     ] = None,
     target: Target = "ort",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter, FILE or FILE:scale, for this run only; repeatable."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="1, or 0,1: each computes one half of guidance's batch.")
     ] = None,
@@ -82,6 +86,7 @@ def run(
             stage=stage,
             target=target,
             device=device,
+            loras=lora or (),
             progress=tell,
         )
         for index, one in enumerate(made):

@@ -169,4 +169,6 @@ def _bits(scales: ir.TensorProtocol, scale: float) -> ir.TensorProtocol:
             product = (block.astype(np.float32) * np.float32(scale)).astype(np.float32)
             yield product.view(np.uint32).astype(np.uint64)
 
-    return weights.BlockTensor(blocks, ir.DataType.UINT64, [int(scales.size)], "deq_scale")
+    recipe = weights.Recipe("dequantize_bits", (scales,), (("scale", scale),))
+    size = [int(scales.size)]
+    return weights.BlockTensor(blocks, ir.DataType.UINT64, size, "deq_scale", recipe)

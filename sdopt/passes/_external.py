@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sdopt import graph, modelfile
+from sdopt import graph, modelfile, weights
 from sdopt.errors import WeightsError
 from sdopt.fingerprint import fingerprint
 from sdopt.weights import BLOCK_BYTES, INLINE_BYTES, Blocks, BlockTensor, read_blocks
@@ -92,6 +92,9 @@ class Outside:
                 value.const_value = self._resolve(now)
             elif now is not None and then is not None and equal(then, now.numpy()):
                 value.const_value = then
+            elif now is not None and now.dtype.is_floating_point():
+                made_up = ir.Tensor(np.array(now.numpy()), dtype=now.dtype, name=now.name)
+                value.const_value = _of_unknown_origin(made_up)
         for node in graph.nodes(made):
             self._restore(node)
         if fingerprint(made) == fingerprint(self.model):
@@ -156,8 +159,15 @@ def is_small(tensor: ir.TensorProtocol) -> bool:
 def in_memory(array: np.ndarray) -> ir.TensorProtocol:
     """A tensor for an array that a tool made; a large one is written block by block."""
     if array.nbytes <= INLINE_BYTES or ir.DataType.from_numpy(array.dtype).bitwidth < 8:
-        return ir.Tensor(array)
+        return _of_unknown_origin(ir.Tensor(array))
     return BlockTensor(lambda: _flat(array), ir.DataType.from_numpy(array.dtype), array.shape)
+
+
+def _of_unknown_origin(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor, with a note on it unless it is a number, or integers such as a shape."""
+    if tensor.dtype.is_floating_point() and tensor.size > 1:
+        return weights.made_by(tensor, weights.UNKNOWN)
+    return tensor
 
 
 def equal(tensor: ir.TensorProtocol, array: np.ndarray) -> bool:

@@ -56,9 +56,11 @@ def quantize(weight: ir.TensorProtocol, grid: Grid) -> tuple[ir.TensorProtocol, 
     shape = tuple(int(size) for size in weight.shape.numpy())
     recipe = _Recipe(weight, grid, shape)
     name = weight.name or ""
-    integers = weights.BlockTensor(recipe.integers, grid.dtype, shape, f"{name}.integers")
+    integers = weights.BlockTensor(
+        recipe.integers, grid.dtype, shape, f"{name}.integers", recipe.of("integers")
+    )
     scales = weights.BlockTensor(
-        recipe.scales, weight.dtype, grid.scale_shape(shape), f"{name}.scales"
+        recipe.scales, weight.dtype, grid.scale_shape(shape), f"{name}.scales", recipe.of("scales")
     )
     return integers, scales
 
@@ -68,6 +70,12 @@ class _Recipe:
     weight: ir.TensorProtocol
     grid: Grid
     shape: tuple[int, ...]
+
+    def of(self, part: str) -> weights.Recipe:
+        """What a stage records of the integers or the scales."""
+        grid = self.grid
+        options = (("part", part), ("to", int(grid.dtype)), ("axis", grid.axis))
+        return weights.Recipe("quantize", (self.weight,), (*options, ("block", grid.block)))
 
     def scales(self) -> weights.Blocks:
         """Flat, in order; a pass over the weight of their own."""

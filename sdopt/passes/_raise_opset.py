@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from sdopt import graph
+from sdopt import graph, weights
 from sdopt.passes import _raise_oldest as oldest
 from sdopt.passes._raise_shapes import Shapes
 from sdopt.passes.base import PassContext
@@ -172,6 +172,10 @@ class _Upgrade:
             array = graph.constant(node.inputs[index])
             if array is not None:
                 tensor = ir.Tensor(array.reshape(groups).repeat(each))
+                group = node.inputs[index]
+                if group is not None and group.const_value is not None:
+                    recipe = weights.Recipe("repeat", (group.const_value,), (("each", each),))
+                    weights.made_by(tensor, recipe)
                 node.replace_input_with(index, emit.weight(tensor, name))
                 continue
             column = emit("Reshape", node.inputs[index], emit.const([groups, 1]))

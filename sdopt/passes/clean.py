@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
-from sdopt import graph
+from sdopt import graph, weights
 from sdopt.passes import _folding, _noops, _shape_chains
 from sdopt.passes.base import Numerics, Pass, PassContext
 
@@ -73,6 +73,9 @@ def _replace_by_constants(
         return
     for output, array in zip(node.outputs, arrays, strict=True):
         tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape))
+        given = (v.const_value for v in node.inputs if v is not None)
+        read = tuple(one for one in given if one is not None)
+        weights.made_by(tensor, weights.Recipe("fold", read, (("op", node.op_type),)))
         value = graph.add_initializer(one, tensor, ctx.unique(output.name or "folded"))
         output.replace_all_uses_with(value)
     graph.remove_dead([node])

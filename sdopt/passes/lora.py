@@ -10,12 +10,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sdopt.errors import UsageError, WeightsError
-from sdopt.passes import _lora_file, _lora_match, _lora_merge
+from sdopt.adapters import MERGED_KEY, files, matching, merging
+from sdopt.errors import UsageError
 from sdopt.passes.base import Intent, Numerics, Pass, PassContext, Reach, Role
-
-MERGED_KEY = "sdopt.lora"
-"""Metadata key of a model: JSON, digest of each adapter file merged into it to its scale."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,8 @@ class Lora(Pass):
     nearest names. A file that is in the model already is not merged again.
 
     Numerics: reassociated, beside the same model merged in PyTorch. Beside a stage without the
-    adapter it is another model, and ``sdopt compare`` calls that pair unjudged.
+    adapter it is another model, and ``sdopt compare`` calls that pair unjudged. To try adapters on
+    a stage that is there, ``sdopt run --lora FILE:scale`` needs no pass.
 
     Options:
         file: the safetensors file.
@@ -59,33 +57,31 @@ class Lora(Pass):
 
     def reads(self) -> tuple[str, ...]:
         """The digest of the adapter file."""
-        return (_lora_file.digest_of(self._path()),)
+        return (files.digest_of(self._path()),)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Replace each adapted weight by its lazy sum; no weight is read."""
         (digest,) = self.reads()
-        adapters = _lora_file.read(self._path())
+        adapters = files.read(self._path())
         merged: dict[str, float] = json.loads(model.metadata_props.get(MERGED_KEY, "{}"))
         if digest in merged:
             self._check_scale(merged[digest])
             ctx.skip("this adapter was merged already", self.file)
             return
-        weights = _lora_match.weights_of(model)
+        weights = matching.weights_of(model)
         if not weights:
             ctx.skip("the graph has no weight matrices to merge into", self.file)
             return
-        chosen = _lora_match.choose(adapters, weights, ctx.role, ctx.config)
+        chosen = matching.choose(adapters, weights, ctx.role.value, ctx.config)
         if not chosen:
             ctx.skip(f"the adapter holds nothing for a {ctx.role.value}", self.file)
             return
-        updates = []
-        for value, one in _lora_match.pair(chosen, weights, adapters, self.file):
-            update = _lora_merge.Update(one, self.scale, _lora_match.inputs_first(value))
-            updates.append((value, update))
-        self._check_shapes(updates)
-        for value, update in updates:
+        pairs = matching.pair(chosen, weights, adapters, self.file)
+        updates = merging.updates(pairs, self.scale, digest, self.file)
+        for leaf, update in updates:
+            value = model.graph.initializers[leaf.name]
             if value.const_value is not None:
-                tensor = _lora_merge.merge(value.const_value, update)
+                tensor = merging.merge(value.const_value, update)
                 # A graph made in memory may not state the types of its initializers.
                 value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
         model.metadata_props[MERGED_KEY] = json.dumps({**merged, digest: self.scale})
@@ -101,19 +97,4 @@ class Lora(Pass):
                 where=self.file,
                 why=f"the model holds it at scale {before}; {self.scale} was asked for",
                 hint="start from a stage without it: --from model",
-            )
-
-    def _check_shapes(self, updates: list[tuple[ir.Value, _lora_merge.Update]]) -> None:
-        wrong = [
-            reason
-            for value, update in updates
-            if value.const_value is not None
-            and (reason := _lora_merge.misfit(value.const_value.shape.numpy(), update))
-        ]
-        if wrong:
-            raise WeightsError(
-                f"{len(wrong)} of the adapter's {len(updates)} updates do not fit their weights",
-                where=self.file,
-                why="\n".join(wrong[:3]),
-                hint="the adapter was made for a model of another size",
             )

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt import datafile
+from sdopt.adapters.requests import Asked
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
 from sdopt.report import Progress, part
+from sdopt.runtime.adapting import Adapted, adapt
 from sdopt.runtime.pipeline import assemble, runner_of
 from sdopt.runtime.request import (
     Request,
@@ -44,7 +46,8 @@ class Generated:
 
     ``strength`` is None for text-to-image, ``control_scale`` where no ControlNet ran; ``stages``
     maps each component to the stage that ran; ``bundle`` is the digest of those stages, weights
-    included.
+    included and adapters not: ``loras`` holds for each of these its file's name, the digest of
+    that and the scale.
     """
 
     image: Image
@@ -60,6 +63,7 @@ class Generated:
     stages: dict[str, str]
     bundle: str
     control_scale: float | None = None
+    loras: tuple[str, ...] = ()
 
     def text(self) -> dict[str, str]:
         """What ``save_png`` writes into the file, key by key."""
@@ -74,6 +78,8 @@ class Generated:
             "stages": ", ".join(f"{name}@{stage}" for name, stage in self.stages.items()),
             "bundle": self.bundle,
         }
+        if self.loras:
+            facts["loras"] = ", ".join(self.loras)
         if self.strength is not None:
             facts["strength"] = self.strength
         if self.control_scale is not None:
@@ -102,6 +108,7 @@ def generate(
     stage: str | None = None,
     target: str | Opener = "ort",
     device: str | None = None,
+    loras: Sequence[Asked] = (),
     progress: Progress | None = None,
 ) -> Iterator[Generated]:
     """Make ``count`` images of every prompt, ``batch`` at a time; yields each when it is done.
@@ -132,11 +139,13 @@ def generate(
         stage: the stage to run; the newest that fits by default.
         target: what runs it, as text (``ort:threads=2``) or as an object that opens graphs.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
+        loras: adapters, ``FILE``, ``FILE:0.8`` or ``(FILE, 0.8)``; see ``load_pipeline``.
         progress: is told the image and the step.
 
     Raises:
         UsageError: a size, count or strength that cannot be.
-        BundleError, UnknownNameError, MissingDependencyError, BuildError: see ``load_pipeline``.
+        WeightsError, BundleError, UnknownNameError, MissingDependencyError, BuildError: see
+            ``load_pipeline``.
     """
     check_numbers(prompts, steps, seed, count, batch)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -158,16 +167,16 @@ def generate(
     stages = choose_stages(opened, chosen, stage, image_to_image=task.image, control=task.control)
     denoiser = opened.config(runner.denoiser)
     size = image_size(width, height, start or hint, opened.config("vae_decoder"), denoiser)
-    pipeline = assemble(opened, stages, chosen, task=task, scheduler=scheduler, device=device)
+    adapted = adapt(opened, stages, loras)
+    pipeline = assemble(opened, adapted, chosen, task=task, scheduler=scheduler, device=device)
     pipeline.set_progress_bar_config(disable=True)
     request = Request(negative, steps, guidance, *size)
     if start is not None:
         request = request.starting_from(start, strength, area)
     if hint is not None:
         request = request.controlled_by(hint, control_scale)
-    names = {name: one.name for name, one in stages.items()}
     jobs = [prompt for prompt in prompts for _ in range(count)]
-    return _generate(pipeline, jobs, seed, batch, request, names, digest_of(stages), progress)
+    return _generate(pipeline, jobs, seed, batch, request, adapted, progress)
 
 
 def _generate(
@@ -176,10 +185,11 @@ def _generate(
     seed: int,
     batch: int,
     request: Request,
-    stages: dict[str, str],
-    digest: str,
+    adapted: Adapted,
     progress: Progress | None,
 ) -> Iterator[Generated]:
+    digest = digest_of(adapted.stages)
+    names = {name: one.name for name, one in adapted.stages.items()}
     for first in range(0, len(jobs), batch):
         prompts = jobs[first : first + batch]
         label = _label(first, len(prompts), len(jobs))
@@ -198,9 +208,10 @@ def _generate(
                 width=image.width,
                 height=image.height,
                 strength=request.strength,
-                stages=stages,
+                stages=names,
                 bundle=digest,
                 control_scale=request.control_scale,
+                loras=tuple(map(str, adapted.loras)),
             )
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdopt import spec
+from sdopt.adapters.requests import Asked
 from sdopt.bundle import Bundle, Stage
 from sdopt.errors import BundleError, MissingDependencyError, UsageError
+from sdopt.runtime.adapting import Adapted, adapt
 from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
 from sdopt.runtime.runners import RUNNERS, Runner, Task
 from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import REFINER, Opener, choose_stages, opener
+from sdopt.session import Session
 
 INDEX, WHAT_INDEX = "model_index.json", "which pipeline this is"
 
@@ -31,6 +34,7 @@ def load_pipeline(
     control: bool | None = None,
     scheduler: str | None = None,
     device: str | None = None,
+    loras: Sequence[Asked] = (),
 ) -> Any:
     """A diffusers pipeline whose models are sessions on a bundle's graphs.
 
@@ -49,8 +53,11 @@ def load_pipeline(
             UNet of such a bundle is that of the plain pipeline.
         scheduler: a short name (``ddim``, ``euler``, ``dpm++``, ...); the bundle's by default.
         device: ``1``, or ``0,1`` to compute both halves of guidance at once.
+        loras: adapters to apply to the stages while they are loaded: ``FILE``, ``FILE:0.8`` or
+            ``(FILE, 0.8)``. The bundle stays as it is.
 
     Raises:
+        WeightsError: an adapter that fits no component, or a stage that it cannot be applied to.
         BundleError: a component, the tokenizer or the scheduler is missing or not of this family.
         UnknownNameError: an unknown stage, target or scheduler.
         MissingDependencyError: diffusers or the target's runtime is not installed.
@@ -64,12 +71,13 @@ def load_pipeline(
     stages = choose_stages(
         opened, chosen, stage, image_to_image=image_to_image, control=controlled
     )
-    return assemble(opened, stages, chosen, task=task, scheduler=scheduler, device=device)
+    adapted = adapt(opened, stages, loras)
+    return assemble(opened, adapted, chosen, task=task, scheduler=scheduler, device=device)
 
 
 def assemble(
     bundle: Bundle,
-    stages: Mapping[str, Stage],
+    adapted: Adapted,
     target: Opener,
     *,
     task: Task,
@@ -81,7 +89,7 @@ def assemble(
     Raises:
         UsageError: diffusers has no pipeline of this family for the task.
     """
-    runner = runner_of(bundle)
+    runner, stages = runner_of(bundle), adapted.stages
     name = runner.class_name(task)
     if not name:
         given = [word for word, on in vars(task).items() if on]
@@ -105,9 +113,13 @@ def assemble(
     )
     tokenizers = _tokenizers(bundle, index, runner, stages)
     devices = targets_for(target, device) if device is not None else [target]
-    sessions = {name: open_stage(devices[0], stage.path) for name, stage in stages.items()}
+
+    def session(target: Opener, name: str) -> Session:
+        return open_stage(target, stages[name].path, replaced=adapted.replaced.get(name))
+
+    sessions = {name: session(devices[0], name) for name in stages}
     main = stages[runner.denoiser]
-    halves = [sessions[runner.denoiser], *(open_stage(d, main.path) for d in devices[1:])]
+    halves = [sessions[runner.denoiser], *(session(one, runner.denoiser) for one in devices[1:])]
     denoiser = on_halves(halves, halved=_is_halved(main), where=str(main.path))
     return cls(
         vae=Vae(

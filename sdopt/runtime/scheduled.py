@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import onnx_ir as ir
 
 from sdopt import modelfile
 from sdopt.companions import PLAN_KEY, Entry, Plan, Schedule
-from sdopt.errors import BundleError
+from sdopt.errors import BundleError, UsageError
 from sdopt.session import Port, Session, checked_feeds
 
 KEPT = {"prompt": 4, "step": 1024}
 """How many results of a companion are kept: as many prompts, as many values of the timestep."""
 
 Key = tuple[object, ...]
+
+
+Replaced = Mapping[str, Mapping[str, ir.TensorProtocol]]
+"""Of each companion, and of the main graph under ``""``: initializer to the tensor to load."""
 
 
 class Opener(Protocol):
@@ -27,21 +32,48 @@ class Opener(Protocol):
         """Open an ONNX file."""
 
 
-def open_stage(target: Opener, path: Path, *, optimize: bool = True) -> Session:
+@runtime_checkable
+class Adapting(Opener, Protocol):
+    """A target that can also open files with other weights than theirs."""
+
+    def open_adapted(
+        self, path: Path, weights: Mapping[str, ir.TensorProtocol], *, optimize: bool = True
+    ) -> Session:
+        """Open an ONNX file with some of its initializers replaced."""
+
+
+def open_stage(
+    target: Opener, path: Path, *, optimize: bool = True, replaced: Replaced | None = None
+) -> Session:
     """Open a stage: its graph, or its graph with companions behind the original inputs.
 
+    Args:
+        target: what opens the files.
+        path: the stage's file.
+        optimize: whether the target's runtime may rewrite the graphs.
+        replaced: initializers that are loaded in place of those in the files.
+
     Raises:
+        UsageError: the target cannot replace initializers.
         BundleError: no such file, or a companion is missing.
         BuildError, MissingDependencyError: the target cannot open one of them.
     """
     text = modelfile.metadata(path).get(PLAN_KEY)
-    main = target.open(path, optimize=optimize)
+
+    def opened(file: Path, name: str) -> Session:
+        if not (replaced and name in replaced):
+            return target.open(file, optimize=optimize)
+        if not isinstance(target, Adapting):
+            raise UsageError(
+                f"the target {target} cannot change weights", hint="leave out the adapters"
+            )
+        return target.open_adapted(file, replaced[name], optimize=optimize)
+
+    main = opened(path, "")
     if text is None:
         return main
     plan = Plan.loads(text, str(path))
-    beside = {
-        one.name: target.open(path.with_name(one.file), optimize=optimize) for one in plan.graphs
-    }
+    beside = {one.name: opened(path.with_name(one.file), one.name) for one in plan.graphs}
     return Scheduled(plan, main, beside, str(path))
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 
 from sdopt.session import Port, checked_feeds
 from sdopt.targets._ort_session import explained, ports, session_options
+from sdopt.targets._ort_weights import model_with
 
 NO_GRAPH = "-1"
 """The graph id of a run that onnxruntime must not capture."""
@@ -43,6 +45,7 @@ class OrtCudaSession:
         provider_options: Mapping[str, str] | None = None,
         free_dims: Mapping[str, int] | None = None,
         optimize: bool = True,
+        weights: Mapping[str, ir.TensorProtocol] | None = None,
     ) -> None:
         self._where, self._device, self._graph = str(path), device, cuda_graph
         options = session_options(threads=0, optimize=optimize)
@@ -57,10 +60,12 @@ class OrtCudaSession:
             "enable_cuda_graph": str(int(cuda_graph)),
             **(provider_options or {}),
         }
+        model, kept = model_with(path, weights or {}, options)
         with explained("onnxruntime cannot load this graph", self._where):
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=[("CUDAExecutionProvider", given)]
+                model, options, providers=[("CUDAExecutionProvider", given)]
             )
+        kept.clear()  # the session has copies
         self.inputs: Mapping[str, Port] = ports(self._session.get_inputs(), self._where)
         self.outputs: Mapping[str, Port] = ports(self._session.get_outputs(), self._where)
         self._bound: dict[tuple[tuple[int, ...], ...], Bound] = {}

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
 from sdopt.errors import BuildError
 from sdopt.session import Port, checked_feeds
+from sdopt.targets._ort_weights import model_with
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -42,12 +44,22 @@ _FAILURES = (
 class OrtSession:
     """An ONNX file on ONNX Runtime's CPU provider."""
 
-    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int = 0,
+        optimize: bool = True,
+        weights: Mapping[str, ir.TensorProtocol] | None = None,
+    ) -> None:
         self._where = str(path)
+        options = session_options(threads, optimize)
+        model, kept = model_with(path, weights or {}, options)
         with explained("onnxruntime cannot load this graph", self._where):
             self._session = onnxruntime.InferenceSession(
-                str(path), session_options(threads, optimize), providers=["CPUExecutionProvider"]
+                model, options, providers=["CPUExecutionProvider"]
             )
+        kept.clear()  # the session has copies
         self.inputs: Mapping[str, Port] = ports(self._session.get_inputs(), self._where)
         self.outputs: Mapping[str, Port] = ports(self._session.get_outputs(), self._where)
 

@@ -171,6 +171,17 @@ class TensorRtTarget(Target):
             MissingDependencyError: the library or CUDA's bindings are not installed.
             BuildError: there is no card, or the engine was made for another one.
         """
+        return self.open_adapted(path, {}, optimize=optimize)
+
+    def open_adapted(
+        self, path: Path, weights: Mapping[str, ir.TensorProtocol], *, optimize: bool = True
+    ) -> Session:
+        """The engine, refitted with ``weights``: initializers of the lowered graph at ``path``.
+
+        Raises:
+            UsageError: as ``open``, and where the engine was built without ``refit``.
+            BuildError: as ``open``, and where the library cannot replace a weight.
+        """
         plan = path if path.suffix == ".plan" else path.with_name(f"{self.stage_name()}.plan")
         if not plan.is_file():
             raise UsageError(
@@ -180,7 +191,7 @@ class TensorRtTarget(Target):
             )
         from sdopt.targets._trt_session import TrtSession
 
-        return TrtSession(plan, self.library())
+        return TrtSession(plan, self.library(), weights=weights, graph=path)
 
     def _check_types(self, order: Order) -> None:
         """See that a quantized build has something quantized in it, in the denoiser at least.

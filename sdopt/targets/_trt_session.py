@@ -15,10 +15,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
 from sdopt.errors import BuildError, UsageError
 from sdopt.session import Port, checked_feeds
 from sdopt.targets._cuda import Cuda
+from sdopt.targets._trt_refit import refit
 
 CONTEXTS = 8
 """Sets of shapes that keep their execution context and graph; the longest unused one goes."""
@@ -84,8 +86,11 @@ class TrtSession:
         cuda: the card; the first one by default.
         memory: activation memory shared with other sessions; its own by default.
         cuda_graph: capture and replay.
+        weights: initializers of the lowered graph that the engine gets in place of its own.
+        graph: that graph's file.
 
     Raises:
+        UsageError: weights for an engine that was built without ``refit``.
         BuildError: the engine is of another library version or card, or there is no card.
     """
 
@@ -97,10 +102,14 @@ class TrtSession:
         cuda: Cuda | None = None,
         memory: DeviceMemory | None = None,
         cuda_graph: bool = True,
+        weights: Mapping[str, ir.TensorProtocol] | None = None,
+        graph: Path | None = None,
     ) -> None:
         self._where, self._trt = str(path), trt
         self._cuda = cuda or Cuda()
         self._log, self._kept, self._engine = _load(path, trt)
+        if weights and graph is not None:
+            refit(trt, self._kept[0], self._engine, weights, graph, self._log)
         self._owned = memory is None
         self._memory = memory or DeviceMemory(self._cuda)
         self._graphs = cuda_graph

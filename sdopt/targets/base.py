@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from sdopt import graph, spec
-from sdopt.errors import BuildError, MissingDependencyError
+from sdopt.errors import BuildError, MissingDependencyError, UsageError
 from sdopt.passes.base import Role
 from sdopt.report import Progress
 from sdopt.session import Session
@@ -179,6 +179,21 @@ class Target(abc.ABC):
             MissingDependencyError: the runtime is not installed.
             BuildError: it refuses the graph.
         """
+
+    def open_adapted(
+        self, path: Path, weights: Mapping[str, ir.TensorProtocol], *, optimize: bool = True
+    ) -> Session:
+        """Open an ONNX file with some of its initializers replaced, as adapters want.
+
+        Raises:
+            UsageError: the target cannot change the weights of what it built.
+        """
+        raise UsageError(
+            f"the weights of a build for {self.name()} cannot be changed",
+            where=str(path),
+            hint="merge the adapter and build that: "
+            "sdopt optimize --from model --passes lora=FILE,...",
+        )
 
     def check_available(self) -> None:
         """See that the packages behind the target are installed.

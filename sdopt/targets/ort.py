@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
+
+import onnx_ir as ir
 
 from sdopt.errors import MissingDependencyError, UsageError
 from sdopt.session import Session
@@ -131,11 +134,17 @@ class Ort(Target):
 
     def open(self, path: Path, *, optimize: bool = True) -> Session:
         """Load an ONNX file; with ``optimize`` onnxruntime's own rewrites are on."""
+        return self.open_adapted(path, {}, optimize=optimize)
+
+    def open_adapted(
+        self, path: Path, weights: Mapping[str, ir.TensorProtocol], *, optimize: bool = True
+    ) -> Session:
+        """Load an ONNX file with some of its initializers replaced; the others stay on disk."""
         self.check_available()
         if self.provider == "cpu":
             from sdopt.targets._ort_session import OrtSession
 
-            return OrtSession(path, threads=self.threads, optimize=optimize)
+            return OrtSession(path, threads=self.threads, optimize=optimize, weights=weights)
         from sdopt.targets._ort_cuda_session import OrtCudaSession
 
         return OrtCudaSession(
@@ -148,4 +157,5 @@ class Ort(Target):
                 "prefer_nhwc": str(int(self.prefer_nhwc)),
             },
             optimize=optimize,
+            weights=weights,
         )

@@ -2,7 +2,8 @@
 """CUDA and TensorRT in memory: a card whose addresses are offsets, an engine that adds one.
 
 The interfaces are the ones that ``sdopt.targets`` calls, as documented by NVIDIA; an engine here
-computes ``out = x + 1`` for ``x`` of ``[N, 4]``, on the stream or captured.
+computes ``out = x + one`` for ``x`` of ``[N, 4]``, on the stream or captured; ``one`` is its
+weight of that name, 1 unless it is refitted.
 """
 
 from __future__ import annotations
@@ -128,6 +129,49 @@ class Strategy(enum.Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
+class Kind(enum.Enum):
+    FLOAT, HALF = range(2)
+
+
+class Weights:
+    """So many numbers at an address, which are there only as long as their owner."""
+
+    def __init__(self, type: Kind, ptr: int, count: int) -> None:
+        self.type, self.ptr, self.count = type, ptr, count
+
+    def read(self) -> np.ndarray:
+        kind = np.dtype({Kind.FLOAT: np.float32, Kind.HALF: np.float16}[self.type])
+        data = (ctypes.c_uint8 * (self.count * kind.itemsize)).from_address(self.ptr)
+        return np.frombuffer(bytes(data), kind)
+
+
+class Refitter:
+    """Changes an engine's weights, all of a combination at once."""
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self._engine, self._given = engine, dict[str, Weights]()
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._engine.weights)
+
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        known = self._engine.weights[name]
+        fits = (known.size, known.dtype) == (weights.count, weights.read().dtype)
+        if fits:
+            self._given[name] = weights
+        return fits
+
+    def get_missing_weights(self) -> list[str]:
+        touched = [c for c in self._engine.combined if c & self._given.keys()]
+        return sorted(name for c in touched for name in c - self._given.keys())
+
+    def refit_cuda_engine(self) -> bool:
+        if self.get_missing_weights():
+            return False
+        self._engine.weights |= {name: one.read() for name, one in self._given.items()}
+        return True
+
+
 def library(card: Card, **engine: Any) -> Any:
     """A module like ``tensorrt``: its engines run on ``card``; keywords are those of Engine."""
 
@@ -152,18 +196,30 @@ def library(card: Card, **engine: Any) -> Any:
         Runtime=Runtime,
         TensorIOMode=Mode,
         ExecutionContextAllocationStrategy=Strategy,
+        DataType=Kind,
+        Weights=Weights,
+        Refitter=Refitter,
         init_libnvinfer_plugins=lambda logger, namespace: True,
     )
 
 
 class Engine:
-    """out = x + 1 of ``[N, 4]``; N from 1 to 4 in the first profile, 8 in the second."""
+    """out = x + one of ``[N, 4]``; N from 1 to 4 in the first profile, 8 in the second."""
 
     num_io_tensors = 2
     num_optimization_profiles = 2
 
-    def __init__(self, card: Card, scratch: int = 1024, capturable: Any = None) -> None:
+    def __init__(
+        self,
+        card: Card,
+        scratch: int = 1024,
+        capturable: Any = None,
+        refittable: bool = False,
+        combined: tuple[frozenset[str], ...] = (),
+    ) -> None:
         self.card, self.device_memory_size_v2 = card, scratch
+        self.refittable, self.combined = refittable, combined
+        self.weights = {name: np.ones(4, np.float32) for name in ("one", "other")}
         self.contexts: list[Context] = []
         self._capturable = capturable
 
@@ -232,7 +288,8 @@ class Context:
 
         def work() -> None:
             card.at(scratch)[:] = 1  # memory that was given back is no longer there
-            result = card.at(source)[:size].view(np.float32) + 1
+            one = np.tile(self.engine.weights["one"], shape[0])
+            result = card.at(source)[:size].view(np.float32) + one
             card.at(target)[:size] = result.view(np.uint8)
 
         card.put(work)

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
-from sdopt.errors import BuildError, UsageError
+from sdopt import modelfile
+from sdopt.errors import BuildError, SdoptError, UsageError
 from sdopt.session import Port
 from sdopt.targets import _cuda
 from sdopt.targets._cuda import Cuda
-from sdopt.targets._trt_session import CONTEXTS, DeviceMemory, TrtSession
+from sdopt.targets._trt_session import CONTEXTS, DTYPES, DeviceMemory, TrtSession
 from sdopt.targets.trt import Trt
 from sdopt.targets.trt_rtx import TrtRtx
 from tests.targets import fake_gpu
+from tests.toolkit import model_of
 
 
 @pytest.fixture
@@ -204,12 +207,76 @@ def test_everything_that_is_called_is_in_the_real_libraries() -> None:
     assert hasattr(runtime.cudaMemcpyKind, "cudaMemcpyDeviceToHost")
     assert hasattr(runtime.cudaStreamCaptureMode, "cudaStreamCaptureModeThreadLocal")
     for ours, theirs in (
+        (fake_gpu.Refitter, tensorrt_rtx.Refitter),
         (fake_gpu.Engine, tensorrt_rtx.ICudaEngine),
         (fake_gpu.Context, tensorrt_rtx.IExecutionContext),
     ):
         public = [name for name in dir(ours) if not name.startswith("_")]
         assert all(hasattr(theirs, name) for name in public)
     assert hasattr(tensorrt_rtx.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(tensorrt_rtx.ICudaEngine, "refittable")
+    for name in ("FLOAT", "HALF", "BF16"):
+        array = np.ones(3, DTYPES[name])
+        kind = getattr(tensorrt_rtx.DataType, name)
+        assert tensorrt_rtx.Weights(kind, array.ctypes.data, array.size).size == 3
+
+
+def lowered(tmp_path: Path) -> Path:
+    """The graph of the engine, with its weights."""
+    text = "g (float[n,4] x) => (float[n,4] out) { y = Add(x, one)\n out = Mul(y, other) }"
+    ones = {name: np.ones(4, np.float32) for name in ("one", "other")}
+    path = tmp_path / "unet.onnx"
+    modelfile.save(model_of(text, ones), path)
+    return path
+
+
+def new(value: float, dtype: type = np.float32) -> ir.TensorProtocol:
+    return ir.tensor(np.full(4, value, dtype))
+
+
+@pytest.mark.parametrize("combined", [(), (frozenset({"one", "other"}),)])
+def test_an_engine_is_refitted(
+    card: fake_gpu.Card, plan: Path, tmp_path: Path, combined: tuple[frozenset[str], ...]
+) -> None:
+    engine = {"refittable": True, "combined": combined}
+    graph = lowered(tmp_path)
+    session = opened(card, plan, engine=engine, weights={"one": new(7)}, graph=graph)
+    np.testing.assert_array_equal(session.run(feed(2))["out"], feed(2)["x"] + 7)
+    plain = opened(card, plan, engine=engine)
+    np.testing.assert_array_equal(plain.run(feed(2))["out"], feed(2)["x"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "engine", "error", "message"),
+    [
+        ({"one": new(7)}, {}, UsageError, "this engine's weights are fixed"),
+        ({"two": new(7)}, {"refittable": True}, BuildError, "no weight of the name two"),
+        (
+            {"one": new(7, np.float16)},
+            {"refittable": True},
+            BuildError,
+            "refuses the new weight one",
+        ),
+        ({"one": new(7, np.int64)}, {"refittable": True}, BuildError, "cannot be refitted"),
+        (
+            {"one": new(7)},
+            {"refittable": True, "combined": (frozenset({"one", "folded"}),)},
+            BuildError,
+            "wants the weight folded as well",
+        ),
+    ],
+)
+def test_what_an_engine_refuses(
+    card: fake_gpu.Card,
+    plan: Path,
+    tmp_path: Path,
+    weights: dict[str, ir.TensorProtocol],
+    engine: dict[str, Any],
+    error: type[SdoptError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        opened(card, plan, engine=engine, weights=weights, graph=lowered(tmp_path))
 
 
 @pytest.mark.skipif(

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from sdopt import weights
+from sdopt.adapters.files import Adapter
 from sdopt.errors import WeightsError
-from sdopt.passes._lora_file import Adapter
+from sdopt.origins import Leaf
 from sdopt.safetensors_header import Entry
 
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter at one weight; ``inputs_first`` says that the weight lies as ``[in, out]``."""
+    """One adapter at one weight; ``inputs_first`` says that the weight lies as ``[in, out]``.
+
+    ``digest`` is that of the adapter's file.
+    """
 
     adapter: Adapter
     scale: float
     inputs_first: bool
+    digest: str
 
     def factors(self, dtype: type[np.floating]) -> tuple[np.ndarray, np.ndarray]:
         """``left [rows, rank]`` and ``right [rank, columns]`` whose product is the update.
@@ -41,13 +46,34 @@ class Update:
         return (down.T, up.T) if self.inputs_first else (up, down)
 
 
+def updates(
+    pairs: Iterable[tuple[Leaf, Adapter]], scale: float, digest: str, where: str
+) -> list[tuple[Leaf, Update]]:
+    """An update for each weight; ``where`` is the adapter's file, ``digest`` its digest.
+
+    Raises:
+        WeightsError: factors that do not fit their weights.
+    """
+    found = [(leaf, Update(one, scale, leaf.inputs_first, digest)) for leaf, one in pairs]
+    wrong = [why for leaf, update in found if (why := misfit(leaf.shape, update))]
+    if wrong:
+        raise WeightsError(
+            f"{len(wrong)} of the adapter's {len(found)} updates do not fit their weights",
+            where=where,
+            why="\n".join(wrong[:3]),
+            hint="the adapter was made for a model of another size",
+        )
+    return found
+
+
 class Merged(weights.BlockTensor):
     """``base`` with updates, computed in blocks of rows and rounded once, to the base's dtype."""
 
     def __init__(self, base: ir.TensorProtocol, updates: Sequence[Update]) -> None:
         self.base, self.updates = base, tuple(updates)
-        shape = base.shape.numpy()
-        super().__init__(self._rows, base.dtype, shape, name=base.name or "")
+        adapters = tuple((one.digest, one.adapter.key, one.scale) for one in updates)
+        recipe = weights.Recipe("lora", (base,), (("adapters", adapters),))
+        super().__init__(self._rows, base.dtype, base.shape.numpy(), base.name or "", recipe)
 
     def _rows(self) -> weights.Blocks:
         wide = np.float64 if self.base.dtype == ir.DataType.DOUBLE else np.float32
@@ -71,6 +97,24 @@ class Merged(weights.BlockTensor):
                     hint="lower the scale: lora=FILE:scale=0.5",
                 )
             yield done.reshape(-1)
+
+
+def total(
+    shape: Sequence[int], updates: Sequence[Update], dtype: ir.DataType, name: str
+) -> weights.BlockTensor:
+    """The sum of updates of a weight of that shape, without the weight, in blocks of rows."""
+    wide, columns = dtype.numpy(), math.prod(shape[1:])
+    step = max(1, weights.BLOCK_BYTES // max(1, columns * wide.itemsize))
+
+    def blocks() -> weights.Blocks:
+        factors = [update.factors(wide.type) for update in updates]
+        for row in range(0, shape[0], step):
+            first, *others = (left[row : row + step] @ right for left, right in factors)
+            for one in others:
+                first += one
+            yield first.reshape(-1)
+
+    return weights.BlockTensor(blocks, dtype, shape, name)
 
 
 def merge(base: ir.TensorProtocol, update: Update) -> Merged:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
+from sdopt.adapters.files import Adapter, Part, flat
 from sdopt.errors import WeightsError
-from sdopt.passes._lora_file import Adapter, Part, flat
-from sdopt.passes.base import Role
+from sdopt.origins import Leaf, inputs_first
 
-Weights = Mapping[str, Sequence[ir.Value]]
+Weights = Mapping[str, Sequence[Leaf]]
 """Flat module path (dots as underscores, as kohya writes them) to the weights of that name."""
 
 _SUFFIX = ".weight"
+_TEXT_ENCODER, _UNKNOWN = "text encoder", "model"
+"""Values of ``sdopt.passes.base.Role``."""
 _FLOATS = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 )
@@ -27,39 +29,37 @@ _NEAR = 2
 
 def weights_of(model: ir.Model) -> Weights:
     """The weight matrices and kernels of a graph by the name that adapters call them."""
-    found: dict[str, list[ir.Value]] = defaultdict(list)
+    found = []
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) >= 2:
-            found[flat(name.removesuffix(_SUFFIX))].append(value)
+        if tensor is not None and tensor.dtype in _FLOATS:
+            found.append(Leaf(name, tuple(tensor.shape.numpy()), inputs_first(value)))
+    return by_path(found)
+
+
+def by_path(leaves: Iterable[Leaf]) -> Weights:
+    """Those of the weights that are matrices or kernels, by the name that adapters call them."""
+    found: dict[str, list[Leaf]] = defaultdict(list)
+    for one in leaves:
+        if len(one.shape) >= 2:
+            found[flat(one.name.removesuffix(_SUFFIX))].append(one)
     return found
 
 
-def inputs_first(value: ir.Value) -> bool:
-    """Whether a weight lies as ``[in, out]``: a MatMul or Gemm reads it as it is."""
-    return any(
-        index == 1
-        and (
-            user.op_type == "MatMul"
-            or (user.op_type == "Gemm" and not user.attributes.get_int("transB", 0))
-        )
-        for user, index in value.uses()
-    )
-
-
 def choose(
-    adapters: Sequence[Adapter], weights: Weights, role: Role, config: Mapping[str, Any]
+    adapters: Sequence[Adapter], weights: Weights, role: str, config: Mapping[str, Any]
 ) -> list[Adapter]:
-    """The adapters of the component that is being rewritten.
+    """The adapters of the component that is being rewritten, by the role in its record.
 
     A second text encoder is known by its projection. A single file of which nothing is known is
     the component that has most of the names.
     """
-    if role is Role.DENOISER:
-        part = Part.DENOISER
-    elif role is Role.TEXT_ENCODER:
+    if role == _TEXT_ENCODER:
         second = any("WithProjection" in name for name in config.get("architectures") or ())
         part = Part.TEXT_ENCODER_2 if second else Part.TEXT_ENCODER
+    elif role != _UNKNOWN:
+        # A role without a part (a VAE) has no adapters.
+        return [one for one in adapters if one.part.value == role]
     else:
         hits = Counter(one.part for one in adapters if flat(one.path) in weights)
         parts = hits or Counter(one.part for one in adapters)
@@ -69,33 +69,33 @@ def choose(
 
 def pair(
     adapters: Sequence[Adapter], weights: Weights, everything: Sequence[Adapter], where: str
-) -> list[tuple[ir.Value, Adapter]]:
+) -> list[tuple[Leaf, Adapter]]:
     """Each adapter with its weight; ``everything`` is the whole file, to tell what it is for.
 
     Raises:
         WeightsError: an adapter has no weight, or two, or two adapters have the same one.
     """
-    pairs: list[tuple[ir.Value, Adapter]] = []
+    pairs: list[tuple[Leaf, Adapter]] = []
     missing: list[Adapter] = []
-    taken: dict[ir.Value, Adapter] = {}
+    taken: dict[Leaf, Adapter] = {}
     for one in adapters:
         found = weights.get(flat(one.path), ())
-        exact = [value for value in found if value.name == one.path + _SUFFIX]
+        exact = [leaf for leaf in found if leaf.name == one.path + _SUFFIX]
         candidates = exact or found
         if not candidates:
             missing.append(one)
             continue
         if len(candidates) > 1:
-            names = " and ".join(str(value.name) for value in candidates)
+            names = " and ".join(leaf.name for leaf in candidates)
             raise WeightsError(f"{one.key} could be either of {names}", where=where)
-        value = candidates[0]
-        if (other := taken.setdefault(value, one)) is not one:
+        leaf = candidates[0]
+        if (other := taken.setdefault(leaf, one)) is not one:
             raise WeightsError(
-                f"the adapter changes {value.name} twice",
+                f"the adapter changes {leaf.name} twice",
                 where=where,
                 why=f"{other.key} and {one.key} are two spellings of it",
             )
-        pairs.append((value, one))
+        pairs.append((leaf, one))
     if missing:
         raise _unmatched(missing, len(adapters), weights, everything, where)
     return pairs
@@ -111,7 +111,7 @@ def _unmatched(
     lines = []
     for one in missing[:_SHOWN]:
         close = difflib.get_close_matches(flat(one.path), list(weights), n=_NEAR, cutoff=0.5)
-        names = [str(weights[name][0].name).removesuffix(_SUFFIX) for name in close]
+        names = [weights[name][0].name.removesuffix(_SUFFIX) for name in close]
         lines.append(f"{one.key}: {'nearest: ' + ', '.join(names) if names else 'nothing near'}")
     if len(missing) > _SHOWN:
         lines.append(f"and {len(missing) - _SHOWN} more")

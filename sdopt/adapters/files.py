@@ -96,7 +96,7 @@ def digest_of(path: Path) -> str:
             "the adapter file cannot be read",
             where=str(path),
             why=error.strerror or str(error),
-            hint="lora=FILE takes the path of a safetensors file, relative to where you are",
+            hint="an adapter is a safetensors file, its path relative to where you are",
         ) from error
 
 
