@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,18 +46,23 @@ def export(
     dtype: str | None = None,
     in_place: bool = False,
     opset: int | None = None,
+    supplied: Mapping[str, Path] | None = None,
+    lora: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Export a diffusers folder or Hugging Face Hub id to a bundle of canonical graphs.
+    """Export a diffusers folder, single file or Hub id to a bundle of canonical graphs.
 
     Args:
-        source: a folder, or ``org/name``.
+        source: a folder, a ``.safetensors`` file, or ``org/name``.
         output: the bundle's directory; with ``in_place`` it is the source folder itself.
         components: which ones; all that the source has by default.
         dtype: ``fp32``, ``fp16`` or ``bf16``; the checkpoint's by default.
         in_place: write only the graphs, beside the checkpoint, pointing into its files.
         opset: also write each as plain ONNX of this opset, 11 to 25, on the same weights: short
             for ``build`` with the target ``onnx:opset=N``.
+        supplied: folders of parts that the source lacks or that replace its own, by the part's
+            folder in a pipeline: ``text_encoder``, ``text_encoder_2``, ``vae``, ``tokenizer``.
+        lora: adapters to merge, ``FILE`` or ``FILE:scale`` each.
         progress: is told what is being done.
 
     Raises:
@@ -66,7 +71,14 @@ def export(
     plain = registry.make("targets", f"onnx:opset={opset}") if opset is not None else None
     tell = part(progress, 0, 2) if plain is not None else progress
     report = _export(
-        source, output, components=components, dtype=dtype, in_place=in_place, progress=tell
+        source,
+        output,
+        components=components,
+        dtype=dtype,
+        in_place=in_place,
+        supplied=supplied,
+        lora=lora,
+        progress=tell,
     )
     if plain is not None:
         tell = part(progress, 1, 2)

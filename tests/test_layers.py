@@ -28,7 +28,7 @@ LAYERS = (
     ("bundle",),
     ("passes",),
     ("pipeline", "exporters", "targets", "runtime"),
-    ("provenance",),
+    ("provenance", "merging"),
     ("adopting", "compare", "bench", "exporting", "inspection", "packing", "pages", "staging"),
     ("building",),
     ("api",),

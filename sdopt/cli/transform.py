@@ -20,7 +20,9 @@ from sdopt.errors import UsageError
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="A diffusers folder, or a Hugging Face Hub id.")],
+    source: Annotated[
+        str, typer.Argument(help="A diffusers folder, FILE.safetensors, or a Hub id.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The bundle.")] = None,
     component: Components = None,
     dtype: Annotated[
@@ -34,11 +36,28 @@ def export(
         int | None,
         typer.Option(help="Also as plain ONNX of this opset, 11 to 25: as build -t onnx:opset=N."),
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:scale of an adapter; repeatable.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Its folder, where the source lacks it or to replace it.")
+    ] = None,
+    text_encoder_2: Annotated[
+        Path | None, typer.Option(help="The same of XL's second one.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="The same of the VAE.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The same of the tokenizer.")] = None,
     as_json: Json = False,
 ) -> None:
     """Export a model to a bundle of canonical ONNX graphs; no weight passes through memory."""
     from sdopt import api
 
+    supplied = {
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "vae": vae,
+        "tokenizer": tokenizer,
+    }
     with render.progress("export") as tell:
         report = api.export(
             source,
@@ -47,6 +66,8 @@ def export(
             dtype=dtype,
             in_place=in_place,
             opset=opset,
+            supplied={part: folder for part, folder in supplied.items() if folder is not None},
+            lora=lora or (),
             progress=tell,
         )
     render.report(report, as_json)
