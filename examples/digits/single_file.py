@@ -125,42 +125,37 @@ def openclip(state: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{root}.{new}.{kind}", layer[f"{old}.{kind}"]
 
 
-def original(folder: Path) -> Tensors:
-    """Every weight of a pipeline's folder under its original name."""
-    config = _read(folder / "unet/config.json")
+def original(weights: dict[str, Tensors], configs: dict[str, dict[str, Any]]) -> Tensors:
+    """Every weight of a pipeline under its original name; both are given by folder."""
     state: Tensors = {}
-    for name, tensor in _load(folder / "unet").items():
-        state[f"model.diffusion_model.{unet_name(name, config)}"] = tensor
-    config = _read(folder / "vae/config.json")
-    for name, tensor in _load(folder / "vae").items():
-        place = vae_name(name, config)
-        if "attn_1" in place and tensor.dim() == 2:  # a 1x1 kernel in the original
-            tensor = tensor[:, :, None, None]
-        state[f"first_stage_model.{place}"] = tensor
-    pair = (folder / "text_encoder_2").is_dir()
+    for name, tensor in weights.get("unet", {}).items():
+        state[f"model.diffusion_model.{unet_name(name, configs['unet'])}"] = tensor
+    for name, tensor in weights.get("vae", {}).items():
+        place = vae_name(name, configs["vae"])
+        kernel = "attn_1" in place and tensor.dim() == 2  # 1x1 in the original
+        state[f"first_stage_model.{place}"] = tensor[:, :, None, None] if kernel else tensor
+    pair = "text_encoder_2" in weights
     for part in ("text_encoder", "text_encoder_2"):
-        if (folder / part).is_dir():
-            config = _read(folder / part / "config.json")
-            whole = part == "text_encoder_2" or config["hidden_act"] == "gelu"
-            number = int(part == "text_encoder_2" and (folder / "text_encoder").is_dir())
+        if part in weights:
+            number = int(part == "text_encoder_2" and "text_encoder" in weights)
             root = f"conditioner.embedders.{number}" if pair else "cond_stage_model"
-            weights = _load(folder / part)
-            if whole:
-                state |= {f"{root}.model.{n}": t for n, t in openclip(weights)}
+            if part == "text_encoder_2" or configs[part]["hidden_act"] == "gelu":
+                state |= {f"{root}.model.{n}": t for n, t in openclip(weights[part])}
             else:
-                names = {n: n.removeprefix("text_model.") for n in weights}
-                start = f"{root}.transformer.text_model."
-                state |= {start + names[n]: t for n, t in weights.items()}
+                root = f"{root}.transformer.text_model."
+                names = {n: n.removeprefix("text_model.") for n in weights[part]}
+                state |= {root + names[n]: t for n, t in weights[part].items()}
     return state
+
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def metadata(folder: Path) -> dict[str, Any]:
     """What the shapes do not say, by folder, and the texts of tokenizers and schedule."""
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     configs = {
-        part: {k: v for k, v in _read(folder / part / "config.json").items() if k[0] != "_"}
-        for part in parts
-        if (folder / part).is_dir()
+        part: {key: value for key, value in config.items() if not key.startswith("_")}
+        for part, config in _configs(folder).items()
     }
     files = {
         f"{part}/{path.name}": path.read_text(encoding="utf-8")
@@ -173,8 +168,18 @@ def metadata(folder: Path) -> dict[str, Any]:
 def write(folder: Path, path: Path, **changes: Any) -> None:
     """Write a pipeline's folder as one file; `changes` replace parts of its metadata."""
     known = json.dumps({**metadata(folder), **changes}, ensure_ascii=False)
-    state = {name: tensor.contiguous() for name, tensor in original(folder).items()}
+    configs = _configs(folder)
+    weights = {part: _load(folder / part) for part in configs}
+    state = {name: tensor.contiguous() for name, tensor in original(weights, configs).items()}
     save_file(state, path, metadata={"format": "pt", METADATA: known})
+
+
+def _configs(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        part: _read(folder / part / "config.json")
+        for part in PARTS
+        if (folder / part / "config.json").is_file()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

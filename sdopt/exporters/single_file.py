@@ -181,6 +181,8 @@ class SingleFileSource(Source):
             return self._given(component, given)
         hints = self._config_hints(component.folder)
         if component.name == "unet":
+            if self._name == "sd2" and self._prediction() == "epsilon":
+                hints = {"sample_size": 64, **hints}
             config = ldm.unet_config(self._shapes, self._name, hints, str(self.path))
         elif component.folder == "vae":
             prefix = next((one for one in ldm.VAES if ldm.inside(self._shapes, one)), None)
@@ -219,6 +221,8 @@ class SingleFileSource(Source):
 
     def _prediction(self) -> str | None:
         """``epsilon`` or ``v_prediction`` where the file says it."""
+        if own := self._own_scheduler():
+            return str(own.get("prediction_type", "epsilon"))
         said = str(self._metadata.get("modelspec.prediction_type", "")).lower()
         architecture = str(self._metadata.get("modelspec.architecture", ""))
         if "v_pred" in self._shapes or said in _V or "-v2-768-v" in architecture:
@@ -226,13 +230,15 @@ class SingleFileSource(Source):
         told = said in ("epsilon", "eps") or "-v2-512" in architecture
         return "epsilon" if told else None
 
+    def _own_scheduler(self) -> dict[str, Any]:
+        text = self._hints["files"].get("scheduler/scheduler_config.json")
+        table = _table(text, self.path) if text is not None else {}
+        return table if isinstance(table.get("_class_name"), str) else {}
+
     def _scheduler(self) -> dict[str, Any]:
         """The schedule in the file's metadata, else the family's as it was published."""
-        path = "scheduler/scheduler_config.json"
-        if (text := self._hints["files"].get(path)) is not None:
-            table = _table(text, self.path)
-            if isinstance(table.get("_class_name"), str):
-                return table
+        if own := self._own_scheduler():
+            return own
         config: dict[str, Any] = dict(self._known.scheduler)
         if self._pipeline().startswith("LatentConsistency"):
             config = dict(LCM)
