@@ -24,7 +24,7 @@ LAYERS = (
     ("modelfile",),
     ("tolerance", "registry", "flops", "artifacts", "recorded"),
     ("report",),
-    ("requirements",),
+    ("requirements", "nonfinite"),
     ("bundle",),
     ("passes",),
     ("pipeline", "exporters", "targets", "runtime"),

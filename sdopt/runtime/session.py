@@ -79,7 +79,8 @@ def choose_stages(
                 f"this bundle has no {name}",
                 where=str(bundle.path),
                 why=PURPOSE[name],
-                hint=f"export it: sdopt export {origin} -o {bundle.path} --component {name}{supply}",
+                hint=f"export it: sdopt export {origin} -o {bundle.path} "
+                f"--component {name}{supply}",
             )
     if stage is not None:
         known = {one for name in needed for one in bundle.stages(name)}

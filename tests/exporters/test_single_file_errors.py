@@ -264,7 +264,7 @@ def test_parts_of_another_model(path: Path, folder: Path, xl: Path, tmp_path: Pa
 
 @pytest.fixture
 def vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A package that ships a vocabulary of invented merges, of which CLIP takes the first 48894."""
+    """A package that ships invented merges, of which CLIP takes the first 48894."""
     letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))]
     pairs = list(itertools.product(letters, letters))
     merges = [*(f"{a} {b}" for a, b in pairs), *(f"{a} {b}</w>" for a, b in pairs)]
@@ -420,3 +420,36 @@ def test_adapters_asked_for_wrongly(path: Path, folder: Path, tmp_path: Path) ->
         api.export(path, tmp_path / "bundle", lora=["absent.safetensors"])
     with pytest.raises(UsageError, match="--in-place takes no --lora"):
         api.export(folder, in_place=True, lora=["a.safetensors"])
+
+
+# Numbers that are none.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_in_weights_is_named(
+    bare: Path, tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sdopt.cli import main
+
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state |= {name: tensor.to(dtype) for name, tensor in state.items()}
+        broken = state["model.diffusion_model.out.2.weight"].flatten()
+        broken[3], broken[5], broken[-1] = float("nan"), float("nan"), float("-inf")
+
+    def inspected(bundle: Path) -> tuple[int, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["sdopt", "inspect", str(bundle), "--weights"])
+            with pytest.raises(SystemExit) as done:
+                main()
+        return int(done.value.code or 0), capsys.readouterr().out
+
+    api.export(rewrite(bare, tmp_path / "nan.safetensors", spoil), tmp_path / "nan")
+    code, text = inspected(tmp_path / "nan")
+    assert code == 1
+    assert "BROKEN conv_out.weight: 2 NaN and 1 infinite of 288" in text
+    assert text.count("BROKEN") == 1
+    if dtype is torch.float32:
+        api.export(bare, tmp_path / "whole")
+        code, text = inspected(tmp_path / "whole")
+        assert code == 0
+        assert "every weight is a finite number" in text
