@@ -134,6 +134,8 @@ def images(bundle: Path, stage: str, **options: Any) -> list[np.ndarray]:
     return [np.asarray(one.image, np.float64) for one in made]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_as_a_single_file_it_is_the_same_model(digits_bundle: Path, tmp_path: Path) -> None:
     path, bundle = tmp_path / "digits.safetensors", tmp_path / "bundle"
     subprocess.run(

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+import sdopt
 from examples.digits import single_file
 from sdopt import api
 from sdopt.bundle import Bundle
@@ -411,6 +413,39 @@ def test_an_adapter_of_another_family(
         api.export(source, tmp_path / "bundle", lora=[str(tmp_path / "a.safetensors")])
     assert f"made for Stable {base} (states of {width})" in str(caught.value)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_an_lcm_adapter_draws_what_pytorch_draws(folder: Path, path: Path, tmp_path: Path) -> None:
+    # As LCM's adapters are: kohya's names, an alpha, linear layers and kernels.
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for name, weight in load_file(next((folder / "unet").glob("*.safetensors"))).items():
+        module, _, leaf = name.rpartition(".")
+        adapted = module.endswith(("to_q", "to_k", "to_v", "to_out.0", "proj", "conv1", "conv2"))
+        if adapted and leaf == "weight":
+            start = f"lora_unet_{module.replace('.', '_')}"
+            down = (2, *weight.shape[1:])
+            up = (len(weight), 2, *([1] * (weight.dim() - 2)))
+            state[f"{start}.alpha"] = torch.tensor(1.0)
+            for part, shape in (("lora_down", down), ("lora_up", up)):
+                state[f"{start}.{part}.weight"] = 0.2 * torch.randn(*shape, generator=generator)
+    file = tmp_path / "lcm.safetensors"
+    save_file(state, file)
+    bundle = tmp_path / "bundle"
+    api.export(path, bundle, lora=[str(file)])
+    ours = sdopt.load_pipeline(bundle, scheduler="lcm")
+    pipeline: Any = StableDiffusionPipeline
+    theirs = pipeline.from_pretrained(folder, safety_checker=None)
+    theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(file)
+    theirs.fuse_lora()
+    options = {"width": 104, "height": 72, "guidance_scale": 1.5}
+    found = [families.latents(one, "ab a", **options) for one in (ours, theirs)]
+    assert families.distance(found[0].numpy(), found[1]) <= 2e-5
+    theirs.unfuse_lora()
+    theirs.disable_lora()
+    plain = families.latents(theirs, "ab a", **options)
+    assert families.distance(found[0].numpy(), plain) > 0.01  # it does something
 
 
 def test_adapters_asked_for_wrongly(path: Path, folder: Path, tmp_path: Path) -> None:
