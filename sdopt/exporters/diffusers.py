@@ -64,7 +64,7 @@ class DiffusersSource(Source):
                 where=str(self.folder),
                 why=f"looked for {', '.join({c.folder: 0 for c in self._family.components})}"
                 " with a config.json each",
-                hint=supported(),
+                hint=self._single_files() or supported(),
             )
         self._check_supplied()
 
@@ -132,6 +132,11 @@ class DiffusersSource(Source):
             elif listed(self.index, part):
                 files += given_tokenizer(given, part)
         return files
+
+    def _single_files(self) -> str:
+        """A hint where the folder holds single files, which are sources of their own."""
+        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        return f"give the file itself: {self.folder / files[0]}" if files else ""
 
     def _folder_of(self, component: Component) -> Path | None:
         """The component's folder if it is here; the root itself may be that of one component."""

@@ -26,7 +26,8 @@ _TEXT_SUFFIXES = (".json", ".txt", ".model")
 def is_single_file(source: str) -> bool:
     """Whether ``source`` is meant as a file: it is one, or it ends as model files do."""
     path = Path(source).expanduser()
-    return path.suffix in (".safetensors", ".onnx", *PICKLES) or path.is_file()
+    ends = path.suffix in (".safetensors", ".onnx", *PICKLES)
+    return path.is_file() or (ends and not path.is_dir())
 
 
 def resolve(

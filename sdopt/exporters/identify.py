@@ -31,6 +31,11 @@ _NAMED: tuple[tuple[str, str, str], ...] = (
         _FOLDER,
     ),
     (r"^(\w+\.)*joint_blocks\.", "a Stable Diffusion 3 checkpoint", _FOLDER),
+    (
+        r"^(input_blocks|middle_block|output_blocks)\.",
+        "a UNet alone, without the start of its names (model.diffusion_model.)",
+        _WHOLE,
+    ),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter", _WHOLE),
     (
         r"^(emb_params|clip_[lg]|string_to_param.*)$",

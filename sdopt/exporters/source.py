@@ -119,7 +119,7 @@ class Source(abc.ABC):
                 for kind, entries in self._by_dtype(name, dtype).items()
             }
         )
-        return [kind.name.lower() for kind, _ in sizes.most_common()]
+        return [str(kind.numpy()) for kind, _ in sizes.most_common()]
 
     def dtype_of(self, name: str, dtype: str | None = None) -> str:
         """The dtype that ``name`` is exported in: the one asked for, else the checkpoint's.

@@ -322,7 +322,7 @@ def test_a_mix_of_dtypes_is_said(made: Callable[[str], Pair], tmp_path: Path) ->
 
     single = SingleFileSource(rewrite(made("sd1")[1], tmp_path / "mix.safetensors", halve))
     (note,) = single.remarks(["unet", "vae_decoder"])
-    assert note == "unet: the checkpoint mixes float and float16; all of it is exported in fp32"
+    assert note == "unet: the checkpoint mixes float32 and float16; all of it is exported in fp32"
     (note,) = single.remarks(["unet"], "fp16")
     assert note.endswith("exported in fp16")
 

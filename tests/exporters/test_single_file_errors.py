@@ -94,6 +94,7 @@ def bare(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["down_blocks.0.resnets.0.conv1.weight"], "one component in diffusers' names", "folder"),
         (["text_model.final_layer_norm.weight"], "a text encoder", "--text-encoder"),
         (["ip_adapter.1.to_k_ip.weight"], "an IP-Adapter", "whole model"),
+        (["input_blocks.0.0.weight", "out.2.weight"], "a UNet alone", "whole model"),
         (["emb_params"], "a textual inversion", "whole model"),
         (["a", "b"], "no checkpoint of a known family", "1.x, 2.x and XL"),
         (["model.diffusion_model.blocks.0.w"], "not Stable Diffusion's UNet", "folder"),
@@ -130,6 +131,42 @@ def test_no_safetensors(
     with pytest.raises((SourceError, WeightsError), match=what) as caught:
         api.export(tmp_path / name, tmp_path / "bundle")
     assert hint in str(caught.value)
+
+
+def test_a_folder_of_single_files(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "sd1.safetensors").symlink_to(path)
+    with pytest.raises(SourceError, match="no component that can be exported") as caught:
+        open_source(str(tmp_path))
+    assert f"give the file itself: {tmp_path / 'sd1.safetensors'}" in str(caught.value)
+
+
+def test_a_mix_of_dtypes_is_exported_in_the_one_of_most(path: Path, tmp_path: Path) -> None:
+    name = "first_stage_model.decoder.conv_out.weight"
+
+    def halve(state: dict[str, torch.Tensor]) -> None:
+        state[name] = state[name].half()
+
+    mixed = rewrite(path, tmp_path / "mix.safetensors", halve)
+    report = api.export(mixed, tmp_path / "bundle", components=["vae_decoder"])
+    (note,) = report.notes
+    assert note.startswith("vae_decoder: the checkpoint mixes float32 and float16")
+    stage = Bundle.open(tmp_path / "bundle").stage("vae_decoder", "model")
+    assert stage.record.dtype == "fp32"
+    tensor = stage.load().graph.initializers["decoder.conv_out.weight"].const_value
+    assert tensor is not None
+    assert np.array_equal(tensor.numpy(), load_file(path)[name].half().float().numpy())
+
+
+def test_a_mix_of_dtypes_cannot_stay_in_place(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_out.weight"] = state["decoder.conv_out.weight"].half()
+    save_file(state, file)
+    with pytest.raises(UsageError, match="--in-place cannot change the weights") as caught:
+        api.export(tmp_path, in_place=True, components=["vae_decoder"])
+    assert "the checkpoint mixes float32 and float16" in str(caught.value)
+    assert "leave --dtype away" not in str(caught.value)
 
 
 def test_a_shard(tmp_path: Path) -> None:
@@ -308,6 +345,17 @@ def test_the_second_pads_with_zero(vocabulary: list[str], tmp_path: Path) -> Non
     folder = written(clip_tokenizer("tokenizer_2", pad_with_zero=True), tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     assert tokenizer("a", padding="max_length").input_ids == [49406, 320, 49407] + [0] * 74
+
+
+def _installed() -> bool:
+    return any(one.name == PACKAGE for one in metadata.distributions())
+
+
+@pytest.mark.skipif(not _installed(), reason=f"{PACKAGE} is not installed")
+def test_the_vocabulary_that_is_installed(tmp_path: Path) -> None:
+    folder = written(clip_tokenizer("tokenizer", pad_with_zero=False), tmp_path)
+    ids = CLIPTokenizer.from_pretrained(folder)("a photo of a cat").input_ids
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 def test_no_vocabulary(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
