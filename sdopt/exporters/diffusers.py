@@ -66,7 +66,7 @@ class DiffusersSource(Source):
                 " with a config.json each",
                 hint=self._single_files() or supported(),
             )
-        self._check_supplied()
+        self._check_parts()
 
     @property
     def family(self) -> str:

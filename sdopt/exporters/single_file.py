@@ -71,7 +71,7 @@ class SingleFileSource(Source):
         }
         self._wanted = set(self._configs if components is None else components)
         self._check_unet()
-        self._check_supplied()
+        self._check_parts()
 
     def _check_unet(self) -> None:
         """Refuse relatives of the families whose UNets take more.
@@ -228,6 +228,7 @@ class SingleFileSource(Source):
         if "v_pred" in self._shapes or said in _V or "-v2-768-v" in architecture:
             return "v_prediction"
         told = said in ("epsilon", "eps") or "-v2-512" in architecture
+        told |= self._shapes[f"{ldm.UNET}input_blocks.0.0.weight"][1] != 4  # for inpainting
         return "epsilon" if told else None
 
     def _own_scheduler(self) -> dict[str, Any]:

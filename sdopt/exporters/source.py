@@ -212,8 +212,8 @@ class Source(abc.ABC):
             return _open(folder, dtype)
         return self._own_checkpoint(name, dtype)
 
-    def _check_supplied(self) -> None:
-        """Refuse parts from elsewhere that do not fit the rest.
+    def _check_parts(self) -> None:
+        """Refuse parts that do not fit each other, and folders given for what they do not hold.
 
         Raises:
             SourceError: a folder that is not what it was given for, or of another width.
@@ -231,8 +231,7 @@ class Source(abc.ABC):
                     why=f"the family has no {part}" if not names else "it has no config.json",
                     hint=f"{OPTIONS[part]} takes a folder that save_pretrained wrote",
                 )
-        if self.supplied:
-            check_widths({name: config for name, (_, config) in self._configs.items()})
+        check_widths({name: config for name, (_, config) in self._configs.items()})
 
 
 def _open(folder: Path, dtype: str | None) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -354,3 +355,32 @@ def test_what_sd2_predicts(
     config = json.loads(files["scheduler/scheduler_config.json"])
     assert config["prediction_type"] == (said or "v_prediction")
     assert any("does not say whether it predicts" in n for n in single.notes) == (said is None)
+
+
+def test_what_sd2_predicts_for_inpainting(tmp_path: Path) -> None:
+    shapes = full_size("sd2", in_channels=9)
+    with torch.device("meta"):
+        state = {name: torch.empty(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    single = SingleFileSource(sparse(tmp_path / "a.safetensors", state), components=["unet"])
+    config = json.loads(single.shared_files()[1].text or "")
+    assert config["prediction_type"] == "epsilon"
+    assert single.config("unet")["sample_size"] == 64
+    assert [note for note in single.notes if "predicts" in note] == []
+    assert json.loads(single.shared_files()[0].text or "")["_class_name"] == (
+        "StableDiffusionInpaintPipeline"
+    )
+
+
+def sparse(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    """A safetensors file of these names and shapes in half precision, without its bytes."""
+    table, end = {}, 0
+    for name, tensor in state.items():
+        size = 2 * math.prod(tensor.shape)
+        shape = list(tensor.shape)
+        table[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(table).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from examples.digits import single_file
-from tests.exporters.test_single_file import PUBLIC
+from tests.exporters.test_single_file import PUBLIC, sparse
 
 GB = 10**9
 
@@ -79,21 +78,6 @@ def seven_gb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sparse(
         tmp_path_factory.mktemp("xl") / "xl.safetensors", single_file.original(weights, configs)
     )
-
-
-def sparse(path: Path, state: dict[str, torch.Tensor]) -> Path:
-    """A safetensors file of these names and shapes in half precision, without its bytes."""
-    table, end = {}, 0
-    for name, tensor in state.items():
-        size = 2 * math.prod(tensor.shape)
-        shape = list(tensor.shape)
-        table[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    header = json.dumps(table).encode()
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
-    return path
 
 
 def test_xl_is_found_under_1_gb(seven_gb: Path) -> None:

@@ -298,6 +298,25 @@ def test_parts_of_another_model(path: Path, folder: Path, xl: Path, tmp_path: Pa
         open_source(str(folder), supplied={"vae": thin})
 
 
+def test_a_mixed_checkpoint(path: Path, folder: Path, tmp_path: Path) -> None:
+    def widen(state: dict[str, torch.Tensor]) -> None:
+        start = "cond_stage_model.transformer.text_model.embeddings."
+        for name in ("token_embedding", "position_embedding"):
+            tensor = state[f"{start}{name}.weight"]
+            state[f"{start}{name}.weight"] = torch.cat([tensor, tensor], 1)
+
+    mixed = rewrite(path, tmp_path / "mixed.safetensors", widen)
+    hints = {"configs": {"unet": {"norm_num_groups": 4}}}
+    save_file(load_file(mixed), mixed, metadata={"sdopt": json.dumps(hints)})
+    with pytest.raises(SourceError, match="text encoder and the UNet are of different models"):
+        SingleFileSource(mixed)
+    shutil.copytree(folder, tmp_path / "folder")
+    config = tmp_path / "folder" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 16}))
+    with pytest.raises(SourceError, match="the VAE and the UNet are of different models"):
+        open_source(str(tmp_path / "folder"))
+
+
 # Tokenizers.
 
 
