@@ -16,16 +16,22 @@ from sdopt.exporters.components import (
     Component,
     supported,
 )
+from sdopt.exporters.parts import component_class
 from sdopt.exporters.recognition import (
     check_config,
     check_pipeline,
-    component_class,
     family_name,
     listed,
     read_json,
 )
 from sdopt.exporters.source import Source
-from sdopt.exporters.tokenizer import SharedFile, folder_files, given_tokenizer, tokenizer_files
+from sdopt.exporters.tokenizer import (
+    CLIP,
+    SharedFile,
+    folder_files,
+    given_tokenizer,
+    tokenizer_files,
+)
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -124,11 +130,9 @@ class DiffusersSource(Source):
         files = [SharedFile("model_index.json", text=json.dumps(index, indent=2) + "\n")]
         given = self.supplied.get("tokenizer")
         for part in SHARED:
-            if part not in TOKENIZERS:
+            if given is None or part not in CLIP:
                 files += folder_files(self.folder / part, part)
-            elif given is None:
-                files += folder_files(self.folder / part, part)
-                files += tokenizer_files(self.folder / part)
+                files += tokenizer_files(self.folder / part) if part in TOKENIZERS else []
             elif listed(self.index, part):
                 files += given_tokenizer(given, part)
         return files

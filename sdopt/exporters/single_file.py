@@ -15,8 +15,9 @@ from sdopt.exporters.checkpoint import Checkpoint
 from sdopt.exporters.clip_vocabulary import clip_tokenizer
 from sdopt.exporters.components import FAMILIES, Component
 from sdopt.exporters.identify import refuse_file, refuse_names
+from sdopt.exporters.parts import check_class, component_class
 from sdopt.exporters.published import LCM, PUBLISHED
-from sdopt.exporters.recognition import check_class, check_config, component_class, read_json
+from sdopt.exporters.recognition import check_config, read_json
 from sdopt.exporters.source import OPTIONS, Source
 from sdopt.exporters.tokenizer import SharedFile, given_tokenizer
 from sdopt.safetensors_header import read_header

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from sdopt.errors import SourceError, UnknownNameError, UsageError
 from sdopt.exporters.checkpoint import Checkpoint, weights_files
 from sdopt.exporters.components import COMPONENTS, Component, Family
-from sdopt.exporters.recognition import check_widths
+from sdopt.exporters.parts import check_widths
 from sdopt.exporters.tokenizer import SharedFile
 from sdopt.passes.base import Role
 from sdopt.spec import suggest

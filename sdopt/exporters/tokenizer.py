@@ -92,6 +92,9 @@ def given_tokenizer(folder: Path, part: str) -> list[SharedFile]:
     return [_padded(file) if file.path.endswith(f"/{_CONFIG}") else file for file in files]
 
 
+CLIP = ("tokenizer", "tokenizer_2")
+"""The tokenizers that ``--tokenizer`` replaces."""
+
 _CONFIG = "tokenizer_config.json"
 PAD_SECOND = "!"
 """The token of id 0, with which OpenCLIP's tokenizer pads."""
