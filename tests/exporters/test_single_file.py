@@ -103,6 +103,9 @@ def test_it_holds_what_the_folder_holds(made: Callable[[str], Pair], name: str) 
         assert ours.keys() >= theirs.keys()
         for one, tensor in theirs.items():
             assert np.array_equal(ours[one], tensor), one
+        known = plain(whole.config(component))
+        found = plain(single.config(component))
+        assert {key: found[key] for key in known} == known
     index = json.loads(single.shared_files()[0].text or "")
     known = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == known["_class_name"]

@@ -555,3 +555,26 @@ def test_nan_in_weights_is_named(
         code, text = inspected(tmp_path / "whole")
         assert code == 0
         assert "every weight is a finite number" in text
+
+
+def test_the_command_line(
+    bare: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sdopt.cli import main
+
+    name = "encoder.layers.0.self_attn.q_proj"
+    file = adapter(tmp_path / "a.safetensors", {f"text_encoder.{name}": (24, 24)})
+    words = ["export", bare, "-o", tmp_path / "bundle", "-c", "text_encoder"]
+    words += ["--text-encoder", folder, "--vae", folder / "vae", "--tokenizer", folder]
+    words += ["--lora", f"{file}:0.5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sdopt", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            main()
+    assert not done.value.code
+    shown = capsys.readouterr()
+    assert shown.out.strip() == str(tmp_path / "bundle")
+    assert "adapted_weight" in shown.err
+    assert (tmp_path / "bundle" / "tokenizer" / "vocab.json").is_file()
+    stage = Bundle.open(tmp_path / "bundle").stage("text_encoder", "model")
+    assert stage.record.history[0].spec.startswith("lora=")
