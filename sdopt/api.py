@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,20 +46,24 @@ def export(
     dtype: str | None = None,
     in_place: bool = False,
     opset: int | None = None,
-    controlnet: str | Path | None = None,
+    supplied: Mapping[str, str | Path] | None = None,
+    lora: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Export a diffusers folder or Hugging Face Hub id to a bundle of canonical graphs.
+    """Export a diffusers folder, single file or Hub id to a bundle of canonical graphs.
 
     Args:
-        source: a folder, or ``org/name``.
+        source: a folder, a ``.safetensors`` file, or ``org/name``.
         output: the bundle's directory; with ``in_place`` it is the source folder itself.
         components: which ones; all that the source has by default.
         dtype: ``fp32``, ``fp16`` or ``bf16``; the checkpoint's by default.
         in_place: write only the graphs, beside the checkpoint, pointing into its files.
         opset: also write each as plain ONNX of this opset, 11 to 25, on the same weights: short
             for ``build`` with the target ``onnx:opset=N``.
-        controlnet: a ControlNet's folder or Hub id; the UNet's graph then takes its residuals.
+        supplied: folders of parts that the source lacks or that replace its own, by the part's
+            folder in a pipeline: ``text_encoder``, ``text_encoder_2``, ``vae``, ``tokenizer``.
+            With ``controlnet``, a folder, file or Hub id, the UNet's graph takes its residuals.
+        lora: adapters to merge, ``FILE`` or ``FILE:scale`` each.
         progress: is told what is being done.
 
     Raises:
@@ -73,7 +77,8 @@ def export(
         components=components,
         dtype=dtype,
         in_place=in_place,
-        controlnet=controlnet,
+        supplied=supplied,
+        lora=lora,
         progress=tell,
     )
     if plain is not None:

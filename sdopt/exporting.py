@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt import datafile, modelfile, provenance
 from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle
-from sdopt.errors import BundleError, SourceError, UsageError, storage_error
+from sdopt.errors import BundleError, UsageError, storage_error
 from sdopt.exporters.components import COMPONENTS
 from sdopt.manifest import ComponentEntry, StageRecord
-from sdopt.report import ComponentReport, Progress, Report, part
+from sdopt.merging import Merge
+from sdopt.report import ComponentReport, PassReport, Progress, Report, part
 from sdopt.weights import BlockTensor
 
 if TYPE_CHECKING:
-    from sdopt.exporters.diffusers import DiffusersSource, Exported
+    from sdopt.exporters.source import Exported, Source
 
 
 def export(
@@ -27,31 +28,25 @@ def export(
     components: Sequence[str] | None = None,
     dtype: str | None = None,
     in_place: bool = False,
-    controlnet: str | Path | None = None,
+    supplied: Mapping[str, str | Path] | None = None,
+    lora: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Export a diffusers folder or Hugging Face Hub id to a bundle; see ``sdopt.api.export``.
+    """Export a diffusers folder, single file or Hub id to a bundle; see ``sdopt.api.export``.
 
     Raises:
         SourceError, WeightsError, BundleError, StorageError: what was there before is whole.
     """
-    from sdopt.exporters.diffusers import DiffusersSource
-    from sdopt.exporters.hub import resolve
+    from sdopt.exporters import open_source
 
     start = time.perf_counter()
-    folder = resolve(str(source), dtype, components)
-    if in_place and controlnet is not None:
-        raise UsageError(
-            "--in-place takes no --controlnet",
-            why="the ControlNet's weights lie in another folder than the pipeline's",
-            hint="export with -o BUNDLE, or save both as one pipeline with diffusers",
-        )
-    beside = resolve(str(controlnet), dtype, ["controlnet"]) if controlnet is not None else None
-    opened = DiffusersSource(folder, beside)
+    opened = open_source(str(source), dtype, components, supplied)
+    merge = Merge.parse(lora, in_place=in_place)
     names = list(components or opened.component_names())
-    keys = {name: _key(opened, name, dtype, in_place) for name in names}
-    root = _root(folder, output, in_place)
-    report = Report("export", str(root), notes=list(opened.notes))
+    merge.check(opened)
+    keys = {name: _key(opened, name, dtype, in_place, merge) for name in names}
+    root = _root(opened, output, in_place)
+    report = Report("export", str(root), notes=opened.remarks(names, dtype))
     bundle = _bundle(root, opened, names, str(source), in_place)
     with bundle.lock():
         if not in_place:
@@ -63,9 +58,10 @@ def export(
             if component is None:
                 tell("trace", 0.0)
                 exported = opened.export(name, dtype)
-                _refuse_in_place_copy(exported, in_place)
+                _refuse_in_place_copy(exported, opened.mixes(name, dtype), in_place)
+                passes = merge.apply(exported, tell)
                 tell("write", 0.9)
-                component = _commit(bundle, exported, keys[name], in_place)
+                component = _commit(bundle, exported, keys[name], in_place, passes)
             component.seconds = time.perf_counter() - began
             report.components.append(component)
         bundle.write_manifest()
@@ -73,20 +69,15 @@ def export(
     return report
 
 
-def _root(folder: Path, output: str | Path | None, in_place: bool) -> Path:
+def _root(source: Source, output: str | Path | None, in_place: bool) -> Path:
     if in_place:
+        source.check_in_place()
+        folder = source.folder
         if output is not None and Path(output).resolve() != folder.resolve():
             raise UsageError(
                 "--in-place writes beside the checkpoint, so it takes no other output folder",
                 where=str(output),
                 hint="leave -o away, or leave --in-place away to copy the weights",
-            )
-        if any(path.is_symlink() for path in folder.glob("*/*.safetensors")):
-            raise SourceError(
-                "--in-place is refused in a Hugging Face cache",
-                where=str(folder),
-                why="its weight files are links out of their folder, which no runtime follows",
-                hint="export with -o BUNDLE, which copies the weights inside the kernel",
             )
         return folder
     if output is None:
@@ -110,7 +101,7 @@ def _is_bundle(root: Path) -> bool:
 
 
 def _bundle(
-    root: Path, source: DiffusersSource, names: Sequence[str], origin: str, in_place: bool
+    root: Path, source: Source, names: Sequence[str], origin: str, in_place: bool
 ) -> Bundle:
     entries = {name: _entry(source.folder, name, in_place) for name in names}
     label = origin if not Path(origin).exists() else Path(origin).resolve().name
@@ -135,9 +126,10 @@ def _entry(folder: Path, name: str, in_place: bool) -> ComponentEntry:
     return ComponentEntry(home, component.role.value, prefix)
 
 
-def _key(source: DiffusersSource, name: str, dtype: str | None, in_place: bool) -> str:
+def _key(source: Source, name: str, dtype: str | None, in_place: bool, merge: Merge) -> str:
     """A digest of everything that decides a component's raw stage."""
-    return provenance.key([source.fingerprint(name, dtype), in_place, _versions()])
+    parts = [source.fingerprint(name, dtype), in_place, _versions()]
+    return provenance.key(parts + merge.deciding(COMPONENTS[name].role))
 
 
 def _versions() -> dict[str, str]:
@@ -157,7 +149,7 @@ def _done(bundle: Bundle, name: str, key: str) -> ComponentReport | None:
     return ComponentReport(name, RAW, str(stage.path), stage.digest, up_to_date=True)
 
 
-def _copy_shared(source: DiffusersSource, root: Path) -> None:
+def _copy_shared(source: Source, root: Path) -> None:
     for file in source.shared_files():
         target = root / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,17 +159,24 @@ def _copy_shared(source: DiffusersSource, root: Path) -> None:
             datafile.write_bytes(target, (file.text or "").encode())
 
 
-def _refuse_in_place_copy(exported: Exported, in_place: bool) -> None:
+def _refuse_in_place_copy(exported: Exported, kinds: list[str], in_place: bool) -> None:
     tensors = [value.const_value for value in modelfile.initializers(exported.model)]
     if in_place and any(isinstance(tensor, BlockTensor) for tensor in tensors):
+        mixed = f"; the checkpoint mixes {' and '.join(kinds)}" if len(kinds) > 1 else ""
         raise UsageError(
             f"{exported.name}: --in-place cannot change the weights to {exported.dtype}",
-            why="in place means that the checkpoint's own bytes are the weights",
-            hint="leave --dtype away, or export with -o BUNDLE",
+            why=f"in place means that the checkpoint's own bytes are the weights{mixed}",
+            hint="export with -o BUNDLE" + ("" if mixed else ", or leave --dtype away"),
         )
 
 
-def _commit(bundle: Bundle, exported: Exported, key: str, in_place: bool) -> ComponentReport:
+def _commit(
+    bundle: Bundle,
+    exported: Exported,
+    key: str,
+    in_place: bool,
+    passes: list[PassReport],
+) -> ComponentReport:
     if not in_place:
         config = bundle.folder(exported.name) / "config.json"
         config.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +192,7 @@ def _commit(bundle: Bundle, exported: Exported, key: str, in_place: bool) -> Com
         family=bundle.manifest.family,
         dtype=exported.dtype,
         key=key,
+        history=provenance.history_of(passes),
         versions=_versions(),
     )
     stage, written = bundle.commit(exported.model, record)
@@ -203,4 +203,5 @@ def _commit(bundle: Bundle, exported: Exported, key: str, in_place: bool) -> Com
         stage.digest,
         nodes=sum(1 for _ in exported.model.graph.all_nodes()),
         bytes_written=written,
+        passes=passes,
     )

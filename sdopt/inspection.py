@@ -1,7 +1,9 @@
-"""The verb ``inspect``: what a bundle or an ONNX file holds, without reading a weight."""
+"""The verb ``inspect``: what a bundle or an ONNX file holds; weights are read only if asked."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,25 @@ import onnx_ir as ir
 from sdopt import companions, graph, modelfile
 from sdopt.bundle import Bundle, Stage
 from sdopt.manifest import RECORD_KEY
+from sdopt.nonfinite import NonFinite, nonfinite
 
 
-def inspect(path: str | Path, component: str | None = None) -> dict[str, Any]:
+def inspect(
+    path: str | Path, component: str | None = None, *, weights: bool = False
+) -> dict[str, Any]:
     """Describe a bundle (its components and stages) or one ONNX file, as plain data.
+
+    With ``weights`` every weight is read, and those that hold NaN or infinity are listed under
+    ``nonfinite``: name, how many of which, of how many.
 
     Raises:
         SdoptError: neither a bundle nor an ONNX file.
     """
     where = Path(path)
+    check = _Check(weights)
     if where.suffix == ".onnx":
         model = modelfile.load(where)
-        data = {"file": str(where), **describe(model)}
+        data = {"file": str(where), **describe(model), **check(model)}
         data["record"] = model.metadata_props.get(RECORD_KEY)
         return data
     bundle = Bundle.open(where)
@@ -34,7 +43,8 @@ def inspect(path: str | Path, component: str | None = None) -> dict[str, Any]:
             name: {
                 "role": bundle.entry(name).role,
                 "stages": [
-                    _stage(bundle, bundle.stage(name, stage)) for stage in bundle.stages(name)
+                    _stage(bundle, bundle.stage(name, stage), check)
+                    for stage in bundle.stages(name)
                 ],
             }
             for name in names
@@ -65,7 +75,23 @@ def _describe_graph(model: ir.Model) -> dict[str, Any]:
     }
 
 
-def _stage(bundle: Bundle, stage: Stage) -> dict[str, Any]:
+class _Check:
+    """What ``nonfinite`` finds in one graph after the other; nothing where that is off."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+        self._seen: dict[Hashable, NonFinite | None] = {}
+
+    def __call__(self, model: ir.Model) -> dict[str, Any]:
+        if not self._on:
+            return {}
+        graphs = companions.family(model)
+        found = {one for graph in graphs for one in nonfinite(graph, self._seen)}
+        ordered = sorted(found, key=lambda one: one.name)
+        return {"nonfinite": [dataclasses.asdict(one) for one in ordered]}
+
+
+def _stage(bundle: Bundle, stage: Stage, check: _Check) -> dict[str, Any]:
     record = stage.record
     stale = False
     if record.source_stage in bundle.stages(stage.component):
@@ -79,7 +105,8 @@ def _stage(bundle: Bundle, stage: Stage) -> dict[str, Any]:
         "dtype": record.dtype,
         "history": [step.spec for step in record.history],
         "versions": record.versions,
-        **describe(stage.load()),
+        **describe(model := stage.load()),
+        **check(model),
     }
 
 

@@ -52,6 +52,7 @@ __all__ = [
     "release",
     "reshape",
     "reshaped",
+    "transpose",
 ]
 
 
@@ -153,6 +154,27 @@ def channels_last(tensor: ir.TensorProtocol, name: str = "") -> ir.TensorProtoco
             yield np.moveaxis(part.reshape(-1, ins, *kernel), 1, -1).reshape(-1)
 
     return BlockTensor(blocks, tensor.dtype, shape, name, Recipe("channels_last", (tensor,)))
+
+
+def transpose(tensor: ir.TensorProtocol, name: str = "") -> BlockTensor:
+    """A matrix ``[R, C]`` as ``[C, R]``: some columns at a time, each time reading it all."""
+    rows, columns = (int(size) for size in tensor.shape.numpy())
+    dtype = tensor.dtype.numpy()
+    wide = max(1, BLOCK_BYTES // max(1, rows * dtype.itemsize))
+    tall = max(1, BLOCK_BYTES // max(1, columns * dtype.itemsize))
+
+    def blocks() -> Blocks:
+        for first in range(0, columns, wide):
+            block = np.empty((min(wide, columns - first), rows), dtype)
+            row = 0
+            for part in rechunk(read_blocks(tensor), tall * columns):
+                taken = part.reshape(-1, columns)[:, first : first + wide]
+                block[:, row : row + len(taken)] = taken.T
+                row += len(taken)
+            yield block.reshape(-1)
+
+    recipe = Recipe("transpose", (tensor,))
+    return BlockTensor(blocks, tensor.dtype, (columns, rows), name, recipe)
 
 
 def interleave(

@@ -21,7 +21,7 @@ from sdopt import api
 from sdopt.bundle import Bundle
 from sdopt.errors import SdoptError
 from sdopt.report import Report, is_kind
-from tests.exporters.made import MODELS
+from tests.exporters.made import MODELS, export
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 RECORD = Path(__file__).with_name("models.json")
@@ -179,8 +179,7 @@ def everything(names: list[str]) -> Iterator[tuple[str, Found]]:
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
-            MODELS[name][1](place / "source", place / "tokenizers")
-            api.export(place / "source", place / "bundle")
+            export(name, place / "source", place / "bundle", place / "tokenizers")
             yield name, describe(place / "bundle")
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from sdopt import api
+from sdopt.bundle import Bundle
+from sdopt.manifest import RECORD_KEY
 from sdopt.runtime.scheduled import open_stage
 from sdopt.targets.ort import Ort
 
@@ -129,6 +132,32 @@ def images(bundle: Path, stage: str, **options: Any) -> list[np.ndarray]:
     settings = {"steps": 6, "guidance": digits.GUIDANCE, "count": 2, "batch": 2, **options}
     made = api.run(bundle, digits.PROMPTS[:2], stage=stage, **settings)
     return [np.asarray(one.image, np.float64) for one in made]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_as_a_single_file_it_is_the_same_model(digits_bundle: Path, tmp_path: Path) -> None:
+    path, bundle = tmp_path / "digits.safetensors", tmp_path / "bundle"
+    subprocess.run(
+        [sys.executable, DIGITS / "single_file.py", "-o", path], check=True, capture_output=True
+    )
+    report = api.export(path, bundle, dtype="fp32")
+    assert report.notes == []
+    made, known = Bundle.open(bundle), Bundle.open(digits_bundle)
+    assert made.components == known.components
+    for component in made.components:
+        graphs = [one.stage(component, "model").load() for one in (made, known)]
+        for graph in graphs:
+            del graph.metadata_props[RECORD_KEY]
+        # Data files are called by the digest of their bytes, which graphs so hold.
+        first, second = (ir.to_proto(graph).SerializeToString() for graph in graphs)
+        assert first == second
+        files = {file.name for file in made.folder(component).glob("*.onnx_data")}
+        assert files <= {file.name for file in known.folder(component).iterdir()}
+    found = images(bundle, "model")
+    for one, other in zip(found, images(digits_bundle, "model"), strict=True):
+        assert one.std() > 50
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("scheduler", [None, "pndm", "euler"])

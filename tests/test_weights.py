@@ -51,6 +51,18 @@ def test_concat_equals_numpy(numbers: tuple[Path, np.ndarray], axis: int) -> Non
     np.testing.assert_array_equal(found, np.concatenate([data[:32], data[32:]], axis))
 
 
+def test_transpose_equals_numpy(
+    numbers: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = numbers
+    tensor = external(path, 8, (64, 48))
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 64 * 4 * 5)  # five columns, six rows at a time
+    found = weights.transpose(tensor)
+    assert [block.size for block in found.blocks()] == [64 * 5] * 9 + [64 * 3]
+    np.testing.assert_array_equal(found.numpy(), data.T)
+    assert weights.identity(found) == weights.identity(weights.transpose(tensor))
+
+
 def test_cast_saturates_only_when_asked(tmp_path: Path) -> None:
     tensor = ir.tensor(np.array([1.0, -np.inf, 1e6], np.float32))
     half = ir.DataType.FLOAT16

@@ -134,7 +134,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.output) as scratch:
         bundle = Path(scratch) / "bundle"
         api.export(
-            given.source, bundle, components=[*LAYOUTS], dtype="fp32", controlnet=given.controlnet
+            given.source,
+            bundle,
+            components=[*LAYOUTS],
+            dtype="fp32",
+            supplied={"controlnet": given.controlnet},
         )
         for component, layout in LAYOUTS.items():
             model = modelfile.load(bundle / component / "model.onnx")

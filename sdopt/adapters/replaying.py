@@ -163,6 +163,7 @@ _LINEAR: Mapping[str, Rule] = {
     "add": lambda parts, _: weights.add(parts[0], parts[1]),
     "concat": lambda parts, options: weights.concat(parts, options["axis"]),
     "reshape": lambda parts, options: weights.reshape(parts[0], options["shape"]),
+    "transpose": lambda parts, _: weights.transpose(parts[0]),
     "channels_last": lambda parts, _: weights.channels_last(parts[0]),
 }
 """Operations of ``sdopt.weights`` that pass an update on, whatever the weight itself is."""

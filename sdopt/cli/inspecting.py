@@ -18,12 +18,15 @@ def inspect(
     component: Annotated[
         str | None, typer.Option("--component", "-c", help="Only this component.")
     ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read them all; exit 1 if any is NaN or infinite.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show components, stages, passes applied, operators and sizes; reads no weight."""
+    """Show components, stages, passes applied, operators and sizes."""
     from sdopt import api
 
-    data = api.inspect(path, component)
+    data = api.inspect(path, component, weights=weights)
     if as_json:
         render.dump(data)
     elif "bundle" in data:
@@ -35,6 +38,9 @@ def inspect(
     else:
         render.result(data["file"])
         _graph(data)
+    stages = [s for c in data.get("components", {}).values() for s in c["stages"]] or [data]
+    if any(one.get("nonfinite") for one in stages):
+        raise typer.Exit(1)
 
 
 def _stage(one: dict[str, Any]) -> None:
@@ -53,6 +59,11 @@ def _graph(one: dict[str, Any]) -> None:
     top = ", ".join(f"{count} {name}" for name, count in list(one["ops"].items())[:8])
     weights = render.size(one["weight_bytes"])
     render.result(f"    opset {one['opset']}, {one['nodes']} nodes ({top}), {weights} of weights")
+    for bad in one.get("nonfinite", ()):
+        counts = f"{bad['nan']} NaN and {bad['infinite']} infinite of {bad['size']}"
+        render.result(f"    BROKEN {bad['name']}: {counts}; get the checkpoint again")
+    if one.get("nonfinite") == []:
+        render.result("    every weight is a finite number")
     for companion in one.get("companions", ()):
         render.result(f"    companion {companion['name']}, runs: {companion['schedule']}")
         _graph(companion)

@@ -20,7 +20,9 @@ from sdopt.errors import UsageError
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="A diffusers folder, or a Hugging Face Hub id.")],
+    source: Annotated[
+        str, typer.Argument(help="A diffusers folder, FILE.safetensors, or a Hub id.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The bundle.")] = None,
     component: Components = None,
     dtype: Annotated[
@@ -35,13 +37,32 @@ def export(
         typer.Option(help="Also as plain ONNX of this opset, 11 to 25: as build -t onnx:opset=N."),
     ] = None,
     controlnet: Annotated[
-        str | None, typer.Option(help="Put this ControlNet's folder before the UNet.")
+        str | None,
+        typer.Option(help="A ControlNet to put before the UNet: a folder, a file or a Hub id."),
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:scale of an adapter; repeatable.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Its folder, where the source lacks it or to replace it.")
+    ] = None,
+    text_encoder_2: Annotated[
+        Path | None, typer.Option(help="The same of XL's second one.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="The same of the VAE.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The same of the tokenizer.")] = None,
     as_json: Json = False,
 ) -> None:
     """Export a model to a bundle of canonical ONNX graphs; no weight passes through memory."""
     from sdopt import api
 
+    supplied: dict[str, str | Path | None] = {
+        "controlnet": controlnet,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "vae": vae,
+        "tokenizer": tokenizer,
+    }
     with render.progress("export") as tell:
         report = api.export(
             source,
@@ -50,7 +71,8 @@ def export(
             dtype=dtype,
             in_place=in_place,
             opset=opset,
-            controlnet=controlnet,
+            supplied={part: folder for part, folder in supplied.items() if folder is not None},
+            lora=lora or (),
             progress=tell,
         )
     render.report(report, as_json)

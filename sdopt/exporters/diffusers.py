@@ -1,94 +1,63 @@
-"""A diffusers folder as a source: what is in it, and each component as a canonical ONNX graph."""
+"""A diffusers folder as a source: what is in it, and where."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
-from sdopt.errors import SourceError, UnknownNameError, UsageError
-from sdopt.exporters import residuals
-from sdopt.exporters.checkpoint import Checkpoint, weights_files
+from sdopt.errors import SourceError, UsageError
 from sdopt.exporters.components import (
-    COMPONENTS,
     FAMILIES,
     SHARED,
     TOKENIZERS,
     supported,
 )
+from sdopt.exporters.parts import component_class
 from sdopt.exporters.ports import Component
 from sdopt.exporters.recognition import (
     check_config,
-    check_controlnet,
     check_pipeline,
     controlled,
     family_name,
     listed,
     read_json,
 )
-from sdopt.exporters.tokenizer import SharedFile, tokenizer_files
-from sdopt.passes.base import Role
-from sdopt.spec import suggest
+from sdopt.exporters.source import Source
+from sdopt.exporters.tokenizer import (
+    CLIP,
+    SharedFile,
+    folder_files,
+    given_tokenizer,
+    tokenizer_files,
+)
 
-FORMAT = 1
-"""Goes into every fingerprint; raised when the exporter writes another graph for one source."""
-
-DTYPES: Mapping[str, ir.DataType] = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-}
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """One component as a graph.
-
-    Attributes:
-        name: the component's folder in a bundle.
-        role: what it is for.
-        model: the graph; its weights are ranges of the checkpoint, or lazy casts of them.
-        config: the component's ``config.json``.
-        fingerprint: a digest of what it was made from.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
-    """
-
-    name: str
-    role: Role
-    model: ir.Model = field(repr=False)
-    config: dict[str, Any] = field(repr=False)
-    fingerprint: str
-    dtype: str
-
-
-class DiffusersSource:
+class DiffusersSource(Source):
     """A folder that diffusers' ``save_pretrained`` wrote, whole, partial, or of one component.
 
     Args:
         folder: where it lies.
-        controlnet: the folder of a ControlNet to put before its UNet.
+        supplied: folders of parts that are taken in place of its own, by their name in it.
 
     Raises:
         SourceError: it is no such folder, or not of a supported family, or the ControlNet is not
             for its UNet.
     """
 
-    def __init__(self, folder: Path | str, controlnet: Path | None = None) -> None:
+    def __init__(self, folder: Path | str, supplied: Mapping[str, Path] | None = None) -> None:
         self.folder = Path(folder)
-        self._controlnet = controlnet
+        self.supplied = supplied or {}
         if not self.folder.is_dir():
             raise SourceError("no such folder", where=str(folder))
         self.index: dict[str, Any] = {}
         if (path := self.folder / "model_index.json").is_file():
             self.index = read_json(path)
-            if controlnet is not None:
+            if "controlnet" in self.supplied:
                 self.index = controlled(self.index, self.folder)
             check_pipeline(self.index, self.folder)
         self._family = FAMILIES[family_name(self.folder, self.index)]
@@ -105,22 +74,10 @@ class DiffusersSource:
                 where=str(self.folder),
                 why=f"looked for {', '.join({c.folder: 0 for c in self._family.components})}"
                 " with a config.json each",
-                hint=supported(),
+                hint=self._single_files() or supported(),
             )
-        self._pair()
-
-    def _pair(self) -> None:
-        """With a ControlNet, check that it is this UNet's, whose graph then takes residuals."""
-        if self._controlnet is not None and "controlnet" not in self._configs:
-            raise SourceError("this folder holds no ControlNet", where=str(self._controlnet))
-        if "unet" not in self._configs:
-            return
-        home, unet = self._configs["unet"]
-        if "controlnet" in self._configs:
-            check_controlnet(*self._configs["controlnet"], unet)
-        elif not listed(self.index, "controlnet"):
-            return
-        self._configs["unet"] = home, {**unet, residuals.WANTED: True}
+        self._check_parts()
+        self._pair(listed(self.index, "controlnet"))
 
     @property
     def family(self) -> str:
@@ -143,59 +100,26 @@ class DiffusersSource:
             return ()
         return (f"{', '.join(left)} left out: a bundle makes images without checking them",)
 
-    def component_names(self) -> list[str]:
-        """The components that can be exported from here, in the order in which they run."""
-        return list(self._configs)
-
-    def dtype_of(self, name: str, dtype: str | None = None) -> str:
-        """The dtype that ``name`` is exported in: the one asked for, else the checkpoint's.
+    def check_in_place(self) -> None:
+        """Refuse ``--in-place`` in a Hub cache, and where a part comes from another folder.
 
         Raises:
-            UsageError: a dtype that is not fp32, fp16 or bf16, or none asked for and the
-                checkpoint's is none of them.
+            SourceError, UsageError: saying why, and what to do.
         """
-        if dtype is None:
-            kind = self._checkpoint(name, dtype).dtype
-            names = [short for short, one in DTYPES.items() if one == kind]
-            if not names:
-                raise UsageError(
-                    f"{name} is saved as {kind.name}",
-                    hint=f"choose a dtype to export it in: {', '.join(DTYPES)}",
-                )
-            return names[0]
-        if dtype not in DTYPES:
-            raise UsageError(f"{dtype!r} is no dtype", hint=f"choose one of {', '.join(DTYPES)}")
-        return dtype
-
-    def fingerprint(self, name: str, dtype: str | None = None) -> str:
-        """A digest of what ``export(name, dtype)`` would read; reads no weights whole."""
-        _, config = self._component(name)
-        chosen = self.dtype_of(name, dtype)
-        parts = [FORMAT, name, chosen, config, self._checkpoint(name, dtype).fingerprint()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def export(self, name: str, dtype: str | None = None) -> Exported:
-        """Trace ``name`` and point its weights at the checkpoint; no weight is read.
-
-        Raises:
-            SourceError: the component is not here, or its checkpoint and its configuration do not
-                fit each other.
-            WeightsError: a weights file is corrupted or truncated.
-        """
-        from sdopt.exporters.binding import bind, match  # torch takes seconds to import
-        from sdopt.exporters.modules import build
-        from sdopt.exporters.trace import trace
-
-        folder, config = self._component(name)
-        checkpoint = self._checkpoint(name, dtype)
-        chosen = self.dtype_of(name, dtype)
-        digest = self.fingerprint(name, dtype)
-        component, kind = self._table()[name], DTYPES[chosen]
-        network = build(component, config, kind)
-        keys = match(network.shapes(), network.tied(), checkpoint, str(folder))
-        model = trace(component, network, kind)
-        bind(model, keys, checkpoint, kind)
-        return Exported(name, component.role, model, dict(config), digest, chosen)
+        if self.supplied:
+            raise UsageError(
+                "--in-place takes no parts from other folders",
+                where=", ".join(map(str, self.supplied.values())),
+                why="the graphs would lie beside the weights of another model",
+                hint="export with -o BUNDLE, which copies the weights inside the kernel",
+            )
+        if any(path.is_symlink() for path in self.folder.glob("*/*.safetensors")):
+            raise SourceError(
+                "--in-place is refused in a Hugging Face cache",
+                where=str(self.folder),
+                why="its weight files are links out of their folder, which no runtime follows",
+                hint="export with -o BUNDLE, which copies the weights inside the kernel",
+            )
 
     def shared_files(self) -> list[SharedFile]:
         """What a bundle needs beside the components: pipeline index, scheduler, tokenizer."""
@@ -205,44 +129,30 @@ class DiffusersSource:
         for name in _LEFT_OUT:
             if name in index:
                 index[name] = [None, None]
+        for component in self._family.components:
+            if component.folder in self.supplied and not listed(index, component.folder):
+                index[component.folder] = list(component_class(component))
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
         files = [SharedFile("model_index.json", text=json.dumps(index, indent=2) + "\n")]
+        given = self.supplied.get("tokenizer")
         for part in SHARED:
-            folder = self.folder / part
-            files += [
-                SharedFile(f"{part}/{path.name}", source=path.absolute())
-                for path in sorted(folder.glob("*"))
-                if path.is_file() and not path.name.startswith(".")
-            ]
-        for part in TOKENIZERS:
-            files += tokenizer_files(self.folder / part)
+            if given is None or part not in CLIP:
+                files += folder_files(self.folder / part, part)
+                files += tokenizer_files(self.folder / part) if part in TOKENIZERS else []
+            elif listed(self.index, part):
+                files += given_tokenizer(given, part)
         return files
 
-    def _table(self) -> dict[str, Component]:
-        return {component.name: component for component in self._family.components}
-
-    def _component(self, name: str) -> tuple[Path, dict[str, Any]]:
-        if name not in COMPONENTS:
-            raise UnknownNameError(f"no component {name!r}", hint=suggest(name, COMPONENTS))
-        if name not in self._configs:
-            raise SourceError(
-                f"the component {name} is not here",
-                where=str(self.folder),
-                hint=f"here are: {', '.join(self._configs)}",
-            )
-        return self._configs[name]
-
-    def _checkpoint(self, name: str, dtype: str | None) -> Checkpoint:
-        folder, _ = self._component(name)
-        # Half precision that lies there ready need not be computed.
-        ready = weights_files([file.name for file in folder.iterdir()])
-        return Checkpoint.open(folder, variant=dtype if dtype in ready else None)
+    def _single_files(self) -> str:
+        """A hint where the folder holds single files, which are sources of their own."""
+        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        return f"give the file itself: {self.folder / files[0]}" if files else ""
 
     def _folder_of(self, component: Component) -> Path | None:
         """The component's folder if it is here; the root itself may be that of one component."""
-        if component.name == "controlnet" and self._controlnet is not None:
-            return self._controlnet if (self._controlnet / "config.json").is_file() else None
+        if (other := self.supplied.get(component.folder)) is not None:
+            return other if (other / "config.json").is_file() else None
         for folder in (self.folder / component.folder, self.folder):
             if (folder / "config.json").is_file():
                 return folder

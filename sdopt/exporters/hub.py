@@ -14,12 +14,20 @@ from pathlib import Path
 from sdopt.errors import MissingDependencyError, SourceError
 from sdopt.exporters.checkpoint import NAMES, no_weights, weights_files
 from sdopt.exporters.components import COMPONENTS, SHARED
+from sdopt.exporters.identify import PICKLES
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SHARD = re.compile(
     r"(?P<stem>[^.-]+)(\.(?P<variant>[^.-]+))?-\d+-of-\d+(\.(?P<suffix>[^.]+))?\.safetensors"
 )
 _TEXT_SUFFIXES = (".json", ".txt", ".model")
+
+
+def is_single_file(source: str) -> bool:
+    """Whether ``source`` is meant as a file: it is one, or it ends as model files do."""
+    path = Path(source).expanduser()
+    ends = path.suffix in (".safetensors", ".onnx", *PICKLES)
+    return path.is_file() or (ends and not path.is_dir())
 
 
 def resolve(
@@ -31,19 +39,12 @@ def resolve(
     (default: all); the fp16 variant where ``dtype`` is fp16 and there is one.
 
     Raises:
-        SourceError: nothing there, not reachable, gated, a file instead of a folder, or without
-            safetensors.
+        SourceError: nothing there, not reachable, gated, or without safetensors.
         MissingDependencyError: huggingface_hub is not installed.
     """
     path = Path(source).expanduser()
     if source and path.is_dir():
         return path
-    if path.suffix in (".safetensors", ".onnx", ".ckpt") or path.is_file():
-        raise SourceError(
-            f"{path.suffix.removeprefix('.') or 'single'} files are not supported as a source yet",
-            where=source,
-            hint="give a folder that diffusers' save_pretrained wrote, or a Hub id (org/name)",
-        )
     match = _HUB_ID.fullmatch(source)
     if match is None:
         raise SourceError(
@@ -68,6 +69,7 @@ def select(
     for file in files:
         folder, _, name = file.rpartition("/")
         tree.setdefault(folder, []).append(name)
+    _refuse_single(tree, folders)
     chosen: list[str] = [
         name for name in ("model_index.json", "config.json") if name in tree.get("", [])
     ]
@@ -79,6 +81,27 @@ def select(
     if "model_index.json" not in chosen and chosen == ["config.json"]:
         chosen += _component(tree[""], "", dtype)
     return sorted(set(chosen))
+
+
+def _refuse_single(tree: dict[str, list[str]], folders: set[str]) -> None:
+    """Refuse a repository that holds single files and no pipeline.
+
+    Raises:
+        SourceError: naming the files to download.
+    """
+    root = tree.get("", [])
+    files = [name for name in root if name.endswith((".safetensors", *PICKLES))]
+    if not files or "model_index.json" in root or "config.json" in root or folders & set(tree):
+        return
+    usable = [name for name in files if name.endswith(".safetensors")]
+    raise SourceError(
+        "this repository holds single files, and no diffusers pipeline",
+        where=", ".join(files[:5]) + (", ..." if len(files) > 5 else ""),
+        hint=f"download one and export that: hf download REPOSITORY {usable[0]} --local-dir ., "
+        f"then sdopt export {usable[0]} -o BUNDLE"
+        if usable
+        else "they are pickles, which are refused: look for one that has .safetensors",
+    )
 
 
 def _component(names: Sequence[str], folder: str, dtype: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""``vocab.json`` and ``merges.txt`` out of a ``tokenizer.json``, for readers that want those.
+"""The files of a tokenizer: a folder's, a given folder's, and those that older readers want.
 
 transformers 5 saves a CLIP tokenizer as ``tokenizer.json`` alone; transformers 4, which optimum
 runs on, loads a CLIPTokenizer from the two older files.
@@ -22,7 +22,16 @@ class SharedFile:
     text: str | None = None
 
 
-def tokenizer_files(folder: Path) -> list[SharedFile]:
+def folder_files(folder: Path, part: str) -> list[SharedFile]:
+    """The files of a folder, for the folder ``part`` of a bundle."""
+    return [
+        SharedFile(f"{part}/{path.name}", source=path.absolute())
+        for path in sorted(folder.glob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
+
+
+def tokenizer_files(folder: Path, part: str | None = None) -> list[SharedFile]:
     """The two files where only ``tokenizer.json`` exists and holds a BPE model, else none.
 
     Raises:
@@ -52,6 +61,58 @@ def tokenizer_files(folder: Path) -> list[SharedFile]:
     ordered = dict(sorted(vocab.items(), key=lambda item: item[1]))
     lines = ["#version: 0.2", *merges]
     return [
-        SharedFile(f"{folder.name}/vocab.json", text=json.dumps(ordered, ensure_ascii=False)),
-        SharedFile(f"{folder.name}/merges.txt", text="\n".join(lines) + "\n"),
+        SharedFile(
+            f"{part or folder.name}/vocab.json", text=json.dumps(ordered, ensure_ascii=False)
+        ),
+        SharedFile(f"{part or folder.name}/merges.txt", text="\n".join(lines) + "\n"),
     ]
+
+
+def given_tokenizer(folder: Path, part: str) -> list[SharedFile]:
+    """The files for ``part`` (``tokenizer`` or ``tokenizer_2``) out of a folder that a user gave.
+
+    That is a tokenizer's own folder, or a pipeline's. A second tokenizer made from the first one's
+    files pads with ``!``, whose id is 0, as OpenCLIP's does.
+
+    Raises:
+        SourceError: it holds no tokenizer.
+    """
+    homes = [folder / part, folder / "tokenizer", folder]
+    home = next((one for one in homes if _is_tokenizer(one)), None)
+    if home is None:
+        raise SourceError(
+            "no tokenizer is here",
+            where=str(folder),
+            why="looked for tokenizer.json, or vocab.json and merges.txt",
+            hint="give a folder that tokenizer.save_pretrained wrote",
+        )
+    files = [*folder_files(home, part), *tokenizer_files(home, part)]
+    if home.name == part or part == "tokenizer":
+        return files
+    return [_padded(file) if file.path.endswith(f"/{_CONFIG}") else file for file in files]
+
+
+CLIP = ("tokenizer", "tokenizer_2")
+"""The tokenizers that ``--tokenizer`` replaces."""
+
+_CONFIG = "tokenizer_config.json"
+PAD_SECOND = "!"
+"""The token of id 0, with which OpenCLIP's tokenizer pads."""
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    names = ("vocab.json", "merges.txt")
+    whole = all((folder / name).is_file() for name in names)
+    return whole or (folder / "tokenizer.json").is_file()
+
+
+def _padded(file: SharedFile) -> SharedFile:
+    if file.source is None:
+        return file
+    try:
+        table = json.loads(file.source.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            "the tokenizer cannot be read", where=str(file.source), why=repr(error)
+        ) from error
+    return SharedFile(file.path, text=json.dumps({**table, "pad_token": PAD_SECOND}, indent=2))

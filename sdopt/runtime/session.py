@@ -86,12 +86,16 @@ def choose_stages(
     needed = [name for name in (*before, *hint, *vae) if not _left_out(bundle, name)]
     for name in needed:
         if name not in bundle.components or not bundle.stages(name):
+            origin = bundle.manifest.origin or "SOURCE"
+            # A single file may have none.
+            part = "vae" if name.startswith("vae") else name.replace("_", "-")
+            supply = f" --{part} DIR" if origin.endswith(".safetensors") else ""
             raise BundleError(
                 f"this bundle has no {name}",
                 where=str(bundle.path),
                 why=PURPOSE[name],
-                hint="export it: sdopt export "
-                f"{bundle.manifest.origin or 'SOURCE'} -o {bundle.path} --component {name}",
+                hint=f"export it: sdopt export {origin} -o {bundle.path} "
+                f"--component {name}{supply}",
             )
     if stage is not None:
         known = {one for name in needed for one in bundle.stages(name)}

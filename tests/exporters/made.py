@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import pytest
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 from sdopt import api
 from tests.exporters import families, tiny
@@ -36,6 +36,32 @@ def _sd1(name: str, scheduler: Callable[[], Any] = NOISE, **options: Any) -> Mak
     return make
 
 
+def _controlled(make: Make) -> Make:
+    """The same with a ControlNet beside it, in ``control`` next to the folder."""
+
+    def made(folder: Path, scratch: Path) -> None:
+        make(folder, scratch)
+        families.controlnet(folder.parent / "control", folder)
+
+    return made
+
+
+def tiny_vae(folder: Path, scratch: Path) -> None:
+    """1.x with an AutoencoderTiny for its VAE."""
+    plain = scratch / "plain"
+    families.sd1(StableDiffusionPipeline, plain, scratch / "tokenizer", NOISE())
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        plain, vae=tiny._scramble(vae, 5), safety_checker=None
+    )
+    families.save(pipeline, folder)
+
+
 MODELS: Mapping[str, tuple[str, Make]] = {
     "sd1": ("Stable Diffusion 1.x", tiny.save),
     "sd1-inpaint": (
@@ -50,8 +76,11 @@ MODELS: Mapping[str, tuple[str, Make]] = {
             time_cond_proj_dim=32,
         ),
     ),
+    "sd1-tiny-vae": ("1.x with the tiny VAE (TAESD)", tiny_vae),
+    "sd1-control": ("1.x with a ControlNet", _controlled(_sd1("StableDiffusionPipeline"))),
     "sd2": ("Stable Diffusion 2.x, v prediction", families.sd2),
     "sdxl": ("Stable Diffusion XL base", families.sdxl),
+    "sdxl-control": ("XL with a ControlNet", _controlled(families.sdxl)),
     "sdxl-refiner": ("Stable Diffusion XL refiner", families.refiner),
     "sd3": (
         "Stable Diffusion 3",
@@ -60,6 +89,13 @@ MODELS: Mapping[str, tuple[str, Make]] = {
     "sd35": ("Stable Diffusion 3.5", families.sd3),
 }
 """The title of each, and how it is made."""
+
+
+def export(name: str, source: Path, bundle: Path, scratch: Path) -> None:
+    """Write a model to ``source`` and its graphs to ``bundle``."""
+    MODELS[name][1](source, scratch)
+    control = source.parent / "control"
+    api.export(source, bundle, supplied={"controlnet": control} if control.is_dir() else None)
 
 
 def once(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -74,8 +110,7 @@ def once(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with open(root / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / name / "done").is_file():
-            MODELS[name][1](source, root / name / "tokenizers")
-            api.export(source, bundle)
+            export(name, source, bundle, root / name / "tokenizers")
             (root / name / "done").touch()
     return source, bundle
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +12,44 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
-    DDIMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sdopt
+from examples.digits import single_file
 from sdopt import api
 from sdopt.bundle import Bundle
 from sdopt.compare import compare
 from sdopt.errors import SourceError, UsageError
-from sdopt.exporters import DiffusersSource, lowering, trace
+from sdopt.exporters import DiffusersSource, SingleFileSource, lowering, trace
 from sdopt.runtime.generate import generate
 from sdopt.runtime.scheduled import open_stage
 from sdopt.session import Session
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, Tensors, distance
+from tests.exporters.made import copy_of
 
 SIZES = [(8, 8), (9, 13), (5, 3)]
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
 DIMS: dict[str, dict[str, int]] = {"sd": {}, "sdxl": {"states": 40, **families.ADDED}}
-SCHEDULER = partial(
-    DDIMScheduler,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 
 
 class Made:
     """A pipeline's folder, a ControlNet's, and the bundle of both, optimized."""
 
-    def __init__(self, family: str, root: Path) -> None:
+    def __init__(self, family: str, factory: pytest.TempPathFactory) -> None:
         self.family = family
-        self.source, self.control, self.bundle = root / "source", root / "control", root / "bundle"
-        if family == "sd":
-            families.sd1(StableDiffusionPipeline, self.source, root / "tokenizer", SCHEDULER())
-        else:
-            families.sdxl(self.source, root / "tokenizer")
-        families.controlnet(self.control, self.source)
-        api.export(self.source, self.bundle, controlnet=self.control)
+        name = "sdxl-control" if family == "sdxl" else "sd1-control"
+        self.source, self.bundle = copy_of(name, factory)
+        self.control = self.source.parent / "control"
         self.report = api.optimize(self.bundle, "@fast", require="attention=all,geglu=all")
         api.optimize(self.bundle, "@fast_fp16", stage="fp16", components=["controlnet", "unet"])
 
@@ -74,7 +63,7 @@ class Made:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trace, "lower", spy)
-            DiffusersSource(self.source, self.control).export(component)
+            DiffusersSource(self.source, {"controlnet": self.control}).export(component)
         return done == [True]
 
     def session(self, component: str, stage: str) -> Session:
@@ -96,12 +85,12 @@ class Made:
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made("sd", tmp_path_factory.mktemp("sd"))
+    return Made("sd", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made("sdxl", tmp_path_factory.mktemp("sdxl"))
+    return Made("sdxl", tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -236,11 +225,11 @@ def test_without_a_controlnet_the_unet_takes_no_residuals(sd: Made, tmp_path: Pa
     graph = Bundle.open(tmp_path / "plain").stage("unet", "model").load().graph
     assert [v.name for v in graph.inputs] == ["sample", "timestep", "encoder_hidden_states"]
     with pytest.raises(UsageError, match="no ControlNet") as caught:
-        list(generate(Bundle.open(copy_of(sd.bundle, tmp_path)), ["a"], control=hint()))
+        list(generate(Bundle.open(without_controlnet(sd.bundle, tmp_path)), ["a"], control=hint()))
     assert "--controlnet DIR" in str(caught.value)
 
 
-def copy_of(bundle: Path, root: Path) -> Path:
+def without_controlnet(bundle: Path, root: Path) -> Path:
     """The bundle without its ControlNet."""
     shutil.copytree(bundle, root / "copy", ignore=shutil.ignore_patterns("controlnet"))
     manifest = json.loads((root / "copy/manifest.json").read_text())
@@ -255,7 +244,10 @@ def test_a_whole_pipeline_with_its_controlnet(sd: Made, tmp_path: Path) -> None:
     )
     families.save(pipeline, tmp_path / "whole")
     source = DiffusersSource(tmp_path / "whole")
-    assert source.component_names() == DiffusersSource(sd.source, sd.control).component_names()
+    assert (
+        source.component_names()
+        == DiffusersSource(sd.source, {"controlnet": sd.control}).component_names()
+    )
     assert "controlnet" in source.component_names()
     taken = [str(value.name) for value in source.export("unet").model.graph.inputs]
     assert taken == sd.names("unet")[0]
@@ -263,7 +255,7 @@ def test_a_whole_pipeline_with_its_controlnet(sd: Made, tmp_path: Path) -> None:
     assert (tmp_path / "whole/controlnet/model.onnx").is_file()
     assert not list((tmp_path / "whole/controlnet").glob("*.onnx_data"))
     plain = DiffusersSource(sd.source).fingerprint("unet")
-    assert DiffusersSource(sd.source, sd.control).fingerprint("unet") != plain
+    assert DiffusersSource(sd.source, {"controlnet": sd.control}).fingerprint("unet") != plain
 
 
 def test_a_controlnet_alone(sd: Made) -> None:
@@ -283,7 +275,7 @@ def test_a_controlnet_of_another_model_is_named(sd: Made, tmp_path: Path) -> Non
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(SourceError, match=words):
-            DiffusersSource(sd.source, other)
+            DiffusersSource(sd.source, {"controlnet": other})
 
 
 @pytest.mark.parametrize("component", ["controlnet", "unet"])
@@ -293,11 +285,11 @@ def test_neither_needs_torchs_decomposition(sd: Made, component: str) -> None:
 
 def test_what_is_no_controlnet_is_named(sd: Made, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is a UNet2DConditionModel, not a ControlNetModel"):
-        DiffusersSource(sd.source, sd.source / "unet")
-    with pytest.raises(SourceError, match="holds no ControlNet"):
-        DiffusersSource(sd.source, sd.source)
-    with pytest.raises(UsageError, match="--in-place takes no --controlnet"):
-        api.export(sd.source, in_place=True, controlnet=sd.control)
+        DiffusersSource(sd.source, {"controlnet": sd.source / "unet"})
+    with pytest.raises(SourceError, match="no controlnet can be taken from this folder"):
+        DiffusersSource(sd.source, {"controlnet": sd.source})
+    with pytest.raises(UsageError, match="--in-place takes no parts from other folders"):
+        api.export(sd.source, in_place=True, supplied={"controlnet": sd.control})
     index = json.loads((sd.source / "model_index.json").read_text())
     for change, words in (
         ({"controlnet": ["diffusers", "MultiControlNetModel"]}, "several ControlNets"),
@@ -305,7 +297,7 @@ def test_what_is_no_controlnet_is_named(sd: Made, tmp_path: Path) -> None:
     ):
         (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
         with pytest.raises(SourceError, match=words):
-            DiffusersSource(tmp_path, None if "controlnet" in change else sd.control)
+            DiffusersSource(tmp_path, {} if "controlnet" in change else {"controlnet": sd.control})
 
 
 def test_guess_mode_is_refused(sd: Made) -> None:
@@ -402,3 +394,70 @@ def test_one_of_stable_diffusion_2(tmp_path: Path) -> None:
         feeds["controlnet_cond"] = torch.rand(1 + seed % 3, 3, *sides, generator=generator)
         feeds["conditioning_scale"] = torch.tensor(0.5)
         families.check(session, model, feeds, FP32)
+
+
+def original_name(name: str, config: dict[str, Any]) -> str:
+    """A ControlNet's weight as lllyasviel's ControlNet calls it, without ``control_model.``."""
+    hint, leaf = "controlnet_cond_embedding.", name.rpartition(".")[2]
+    if name.startswith(f"{hint}conv_in."):
+        return f"input_hint_block.0.{leaf}"
+    if name.startswith(f"{hint}conv_out."):
+        return f"input_hint_block.14.{leaf}"
+    if name.startswith(f"{hint}blocks."):
+        return f"input_hint_block.{2 * int(name.split('.')[2]) + 2}.{leaf}"
+    if name.startswith("controlnet_down_blocks."):
+        return f"zero_convs.{name.split('.')[1]}.0.{leaf}"
+    if name.startswith("controlnet_mid_block."):
+        return f"middle_block_out.0.{leaf}"
+    return single_file.unet_name(name, config)
+
+
+@pytest.mark.parametrize("names", ["diffusers", "original", "bare"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_file_is_the_folder(
+    family: str, names: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Its graphs, and the ranges that its weights are, give what those of the folder give."""
+    made: Made = request.getfixturevalue(family)
+    state = load_file(made.control / "diffusion_pytorch_model.safetensors")
+    config = json.loads((made.control / "config.json").read_text())
+    if names != "diffusers":
+        prefix = "control_model." if names == "original" else ""
+        state = {prefix + original_name(name, config): one for name, one in state.items()}
+    save_file(state, tmp_path / "control.safetensors")
+    whole = DiffusersSource(made.source, {"controlnet": made.control})
+    alone = DiffusersSource(made.source, {"controlnet": tmp_path / "control.safetensors"})
+    assert alone.component_names() == whole.component_names()
+    ours, theirs = (one.export("controlnet") for one in (alone, whole))
+    given = {name: value.const_value for name, value in ours.model.graph.initializers.items()}
+    for name, value in theirs.model.graph.initializers.items():
+        assert given[name].tobytes() == value.const_value.tobytes(), name
+    assert [node.op_type for node in ours.model.graph] == [
+        node.op_type for node in theirs.model.graph
+    ]
+
+
+def test_a_file_that_is_no_controlnet_is_named(sd: Made, tmp_path: Path) -> None:
+    unet = sd.source / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(SourceError, match="holds no ControlNet"):
+        DiffusersSource(sd.source, {"controlnet": unet})
+
+
+def test_a_file_for_another_model_is_named(sd: Made, sdxl: Made) -> None:
+    file = sdxl.control / "diffusion_pytorch_model.safetensors"
+    words = "is for a model with text states of 40, and the UNet is a model with text states of 24"
+    with pytest.raises(SourceError, match=words):
+        DiffusersSource(sd.source, {"controlnet": file})
+
+
+def test_a_single_file_takes_a_controlnet(sd: Made, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    single_file.write(sd.source, whole)
+    source = SingleFileSource(whole, {"controlnet": sd.control})
+    assert "controlnet" in source.component_names()
+    index = next(file for file in source.shared_files() if file.path == "model_index.json")
+    assert json.loads(str(index.text))["_class_name"] == "StableDiffusionControlNetPipeline"
+    taken = [str(value.name) for value in source.export("unet").model.graph.inputs]
+    assert "mid_block_additional_residual" in taken
+    alone = SingleFileSource(whole)
+    assert not any("controlnet" in note for note in alone.notes)

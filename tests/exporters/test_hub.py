@@ -333,10 +333,6 @@ def test_repository_of_one_component() -> None:
 
 def test_local_sources(tmp_path: Path, pipeline: Path) -> None:
     assert resolve(str(pipeline)) == pipeline
-    for name in ("model.safetensors", "model.onnx", "v1.ckpt"):
-        with pytest.raises(SourceError, match="not supported as a source yet") as caught:
-            resolve(str(tmp_path / name))
-        assert "diffusers" in str(caught.value)
     for name in (str(tmp_path / "absent"), "./absent/folder", "a/b/c", "plain", ""):
         with pytest.raises(SourceError, match="no such folder"):
             resolve(name)

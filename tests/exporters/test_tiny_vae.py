@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from diffusers import (
     AutoencoderTiny,
-    DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
@@ -22,41 +20,27 @@ from sdopt.bundle import Bundle
 from sdopt.compare import compare
 from sdopt.runtime.generate import generate
 from sdopt.targets.ort import Ort
-from tests.exporters import families, tiny
+from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
+from tests.exporters.made import copy_of
 
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
-SCHEDULER = partial(
-    DDIMScheduler,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    families.sd1(StableDiffusionPipeline, root / "source", root / "tokenizer", SCHEDULER())
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    )
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        root / "source", vae=tiny._scramble(vae, 5), safety_checker=None
-    )
-    families.save(pipeline, root / "whole")
-    return root / "whole"
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return copy_of("sd1-tiny-vae", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "bundle"
-    api.export(source, path)
+def source(both: tuple[Path, Path]) -> Path:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(both: tuple[Path, Path]) -> Path:
+    path = both[1]
     api.optimize(path, "@fast")
     api.optimize(path, "@fast_fp16", stage="fp16", components=["vae_encoder", "vae_decoder"])
     return path
