@@ -6,6 +6,7 @@ and every result is traced back to the tensor of which it is a view.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from sdopt.exporters.checkpoint import Checkpoint
 from sdopt.safetensors_header import Entry
 
 Tensors = dict[str, torch.Tensor]
+
+_ADDED = re.compile(r"(?:control_model\.)?label_emb\.0\.([02])\.(weight|bias)")
 
 converters: Any = single_file_utils
 """diffusers types none of them."""
@@ -140,6 +143,9 @@ def _unet(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 
 def _controlnet(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     made: dict[str, Any] = converters.convert_controlnet_checkpoint(tensors, config)
+    for name, tensor in tensors.items():  # XL's sizes, which diffusers' converter forgets
+        if match := _ADDED.fullmatch(name):
+            made[f"add_embedding.linear_{1 + int(match[1]) // 2}.{match[2]}"] = tensor
     if lacking := [name for name, tensor in made.items() if tensor is None]:
         raise KeyError(lacking[0])
     return made
