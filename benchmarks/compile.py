@@ -90,8 +90,11 @@ class Bench:
             files = [path.stat() for path in row.result.parent.glob(row.writes)]
             result["bytes_written"] = sum(file.st_size for file in files)
             result["bytes_on_disk"] = sum(file.st_blocks * 512 for file in files)
-            if copying := done.seconds - known.get(row.copies, {}).get("seconds", done.seconds):
-                result["copied_bytes_per_second"] = result["bytes_on_disk"] / max(copying, 1e-3)
+            beside = known.get(row.copies, {}).get("seconds")
+            if beside is not None and done.seconds > beside + 0.5:
+                result["copied_bytes_per_second"] = result["bytes_on_disk"] / (
+                    done.seconds - beside
+                )
         tell(f"  {row_text(done, result)}")
         shown = shlex.join(row.command).replace(sys.executable, "python")
         return {

@@ -94,6 +94,22 @@ DIRECT = _COMPOSITE | frozenset(
 """Operators that have an ONNX function or a rewrite here; none writes to its inputs."""
 
 
+_OF_FLOATS = frozenset(
+    {
+        *(aten.cos.default, aten.div.Tensor, aten.exp.default, aten.log.default),
+        *(aten.sigmoid.default, aten.sin.default),
+    }
+)
+"""Operators that give floats whatever they are given."""
+_ELEMENTWISE = _OF_FLOATS | frozenset(
+    {
+        *(aten.add.Tensor, aten.cat.default, aten.eq.Scalar, aten.gelu.default),
+        *(aten.gt.Scalar, aten.le.Tensor, aten.lt.Scalar, aten.minimum.default),
+        *(aten.mul.Tensor, aten.silu.default, aten.sub.Tensor, aten.where.self),
+    }
+)
+
+
 def lower(program: ExportedProgram) -> bool:
     """Rewrite the composite operators in place; False if the program needs decomposing."""
     graph = program.graph_module.graph
@@ -126,7 +142,25 @@ def lower(program: ExportedProgram) -> bool:
     program.graph_module.recompile()
     # The exporter decomposes by calling this method, and does nothing else with the program.
     program.run_decompositions = _already_lowered(program)
+    if not any(map(_promotes, graph.nodes)):
+        # Then the exporter interprets each of these once more to make the types of operands equal
+        # (torch 2.13: a quarter of the time), which they are.
+        program.graph_module.modules = lambda: iter(())
     return True
+
+
+def _promotes(node: torch.fx.Node) -> bool:
+    """Whether an elementwise operator has operands whose types torch would have to make equal."""
+    if node.op != "call_function" or node.target not in _ELEMENTWISE:
+        return False
+    given: Any = node.args[0] if node.target is aten.cat.default else node.args
+    values = list(given)
+    values = values[1:] if node.target is aten.where.self else values
+    found = [value.meta["val"] if isinstance(value, torch.fx.Node) else value for value in values]
+    dtypes = {one.dtype for one in found if isinstance(one, torch.Tensor)}
+    floating = any(dtype.is_floating_point for dtype in dtypes)
+    wide = any(isinstance(one, float | torch.SymFloat) for one in found)
+    return len(dtypes) > 1 or (not floating and (wide or node.target in _OF_FLOATS))
 
 
 def _already_lowered(program: ExportedProgram) -> Callable[..., ExportedProgram]:

@@ -25,7 +25,7 @@ from sdopt.exporters.tokenizer import SharedFile
 from sdopt.passes.base import Role
 from sdopt.spec import suggest
 
-FORMAT = 1
+FORMAT = 2
 """Goes into every fingerprint; raised when the exporter writes another graph for one source."""
 
 DTYPES: Mapping[str, ir.DataType] = {
