@@ -99,7 +99,7 @@ def describe(bundle: Path) -> Found:
     }
     return Found(
         {one.component: (raw[one.component], one.nodes) for one in fast.components},
-        {"@fast": _counts(fast, ()), **{name: _tried(bundle, name) for name in PASSES[1:]}},
+        {"@fast": _counts(fast), **{name: _tried(bundle, name) for name in PASSES[1:]}},
         {name: _built(bundle, name, spec) for name, spec in TARGETS.items()},
     )
 
@@ -109,18 +109,16 @@ def _tried(bundle: Path, name: str) -> str:
         report = api.optimize(bundle, f"@fast,{name}", stage="tried", dry_run=True)
     except SdoptError as error:
         return f"no: {error.what}"
-    return _counts(report, ("@fast",))
+    return _counts(report, name)
 
 
-def _counts(report: Report, before: tuple[str, ...]) -> str:
-    """``attention 32/32``, over all components and passes, without what stood there before."""
+def _counts(report: Report, name: str = "") -> str:
+    """``attention 32/32``, over all components, of all passes or of the one called ``name``."""
     done: Counter[str] = Counter()
     found: Counter[str] = Counter()
     for one in report.components:
-        last = one.passes[-1:] if before else one.passes
-        kinds = {
-            each.kind: each for step in last for each in step.coverage() if is_kind(each.kind)
-        }
+        steps = [step for step in one.passes if name in ("", step.spec)]
+        kinds = {each.kind: each for s in steps for each in s.coverage() if is_kind(each.kind)}
         for kind, each in kinds.items():
             done[kind] += each.done
             found[kind] += each.found
