@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
+# For the vocabulary that it ships, without the vision packages that it depends on.
+CLIP   := open_clip_torch==3.3.0
 EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,dev
 
 PYTHON310 ?=
@@ -31,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH) uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
 		--editable '.[$(EXTRAS)]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(CLIP)
 	@touch $@
 
 demo: $(STAMP) ## Export, optimize, build and run the digits model; leaves a PNG sheet and a summary
