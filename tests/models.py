@@ -104,9 +104,14 @@ def describe(bundle: Path) -> Found:
     )
 
 
+def check(name: str, bundle: Path) -> None:
+    """Hold what an exported model gives against the record."""
+    assert describe(bundle) == recorded()[name], f"run python -m tests.models {name}"
+
+
 def _tried(bundle: Path, name: str) -> str:
     try:
-        report = api.optimize(bundle, f"@fast,{name}", stage="tried", dry_run=True)
+        report = api.optimize(bundle, name, source="optimized", stage="tried", dry_run=True)
     except SdoptError as error:
         return f"no: {error.what}"
     return _counts(report, name)
