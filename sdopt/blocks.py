@@ -15,8 +15,8 @@ from sdopt.errors import WeightsError
 BLOCK_BYTES = 4 << 20
 """The most bytes of one tensor that are in memory at once.
 
-Small enough that memory is used again and not mapped anew for each: with 16 MiB, reading, casting
-and writing took three times as long.
+Small enough that memory is used again and not mapped anew for each: reading, casting and writing
+from a warm cache takes about a quarter less time than with 16 MiB.
 """
 
 INLINE_BYTES = 1024
