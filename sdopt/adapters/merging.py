@@ -66,6 +66,23 @@ def updates(
     return found
 
 
+def rounded(sums: np.ndarray, dtype: ir.DataType, name: str | None, lower: str) -> np.ndarray:
+    """Sums of a weight and updates in the weight's own type; ``lower`` says how to lower a scale.
+
+    Raises:
+        WeightsError: one is not finite in it.
+    """
+    with np.errstate(over="ignore"):
+        done: np.ndarray = sums.astype(dtype.numpy())
+    if not np.isfinite(done).all():
+        raise WeightsError(
+            f"{name}: with its adapters it is no longer finite in {dtype}",
+            why="an adapter holds inf or NaN, or its scale is too large",
+            hint=f"lower the scale: {lower}",
+        )
+    return done
+
+
 class Merged(weights.BlockTensor):
     """``base`` with updates, computed in blocks of rows and rounded once, to the base's dtype."""
 
@@ -77,7 +94,6 @@ class Merged(weights.BlockTensor):
 
     def _rows(self) -> weights.Blocks:
         wide = np.float64 if self.base.dtype == ir.DataType.DOUBLE else np.float32
-        narrow = self.base.dtype.numpy()
         shape = self.base.shape.numpy()
         columns = math.prod(shape[1:])
         step = max(1, weights.BLOCK_BYTES // max(1, columns * np.dtype(wide).itemsize))
@@ -88,14 +104,7 @@ class Merged(weights.BlockTensor):
             for left, right in factors:
                 rows += left[row : row + len(rows)] @ right
             row += len(rows)
-            with np.errstate(over="ignore"):
-                done = rows.astype(narrow)
-            if not np.isfinite(done).all():
-                raise WeightsError(
-                    f"{self.name}: with its adapters it is no longer finite in {self.base.dtype}",
-                    why="an adapter holds inf or NaN, or its scale is too large",
-                    hint="lower the scale: lora=FILE:scale=0.5",
-                )
+            done = rounded(rows, self.base.dtype, self.name, "lora=FILE:scale=0.5")
             yield done.reshape(-1)
 
 

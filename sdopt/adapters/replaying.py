@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from sdopt import companions, modelfile, origins, weights
@@ -171,7 +170,7 @@ _LINEAR: Mapping[str, Rule] = {
 
 def _sum(stored: ir.TensorProtocol, update: ir.TensorProtocol, name: str) -> weights.BlockTensor:
     """A stage's weight and its update, added up in the wide type and rounded once."""
-    wide, narrow = update.dtype.numpy(), stored.dtype.numpy()
+    wide = update.dtype.numpy()
     step = weights.BLOCK_BYTES // wide.itemsize
 
     def blocks() -> weights.Blocks:
@@ -180,15 +179,7 @@ def _sum(stored: ir.TensorProtocol, update: ir.TensorProtocol, name: str) -> wei
         for block, more in zip(before, after, strict=True):
             total = block.astype(wide)
             total += more
-            with np.errstate(over="ignore"):
-                done = total.astype(narrow)
-            if not np.isfinite(done).all():
-                raise WeightsError(
-                    f"{name}: with its adapters it is no longer finite in {stored.dtype}",
-                    why="an adapter holds inf or NaN, or its scale is too large",
-                    hint="lower the scale: FILE:0.5",
-                )
-            yield done
+            yield merging.rounded(total, stored.dtype, name, "FILE:0.5")
 
     recipe = weights.Recipe("add", (stored, update))
     return weights.BlockTensor(blocks, stored.dtype, stored.shape.numpy(), name, recipe)

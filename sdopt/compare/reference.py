@@ -10,7 +10,7 @@ import numpy as np
 
 from sdopt.errors import MissingDependencyError, SourceError, UnknownNameError, UsageError
 from sdopt.exporters.components import COMPONENTS
-from sdopt.exporters.recognition import read_json
+from sdopt.exporters.recognition import class_of, read_json
 from sdopt.passes.base import Role
 from sdopt.runtime.quiet import quiet
 from sdopt.spec import suggest
@@ -58,7 +58,7 @@ def module(folder: Path, name: str) -> Compute:
     component = COMPONENTS[name]
     place = folder / component.folder
     config = read_json(place / "config.json")
-    class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    class_name = class_of(config)
     if (class_name, component.role) not in _CALLS:
         raise SourceError(f"{name} is a {class_name}, which is not known", where=str(place))
     classes: Any = diffusers if "_class_name" in config else transformers

@@ -15,11 +15,12 @@ from sdopt.exporters.components import (
     TOKENIZERS,
     supported,
 )
-from sdopt.exporters.parts import component_class
+from sdopt.exporters.parts import check_class, component_class
 from sdopt.exporters.ports import Component
 from sdopt.exporters.recognition import (
     check_config,
     check_pipeline,
+    class_of,
     controlled,
     family_name,
     listed,
@@ -130,8 +131,9 @@ class DiffusersSource(Source):
             if name in index:
                 index[name] = [None, None]
         for component in self._family.components:
-            if component.folder in self.supplied and not listed(index, component.folder):
-                index[component.folder] = list(component_class(component))
+            if component.folder in self.supplied:
+                _, config = self._component(component.name)
+                index[component.folder] = list(component_class(component, config))
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
         files = [SharedFile("model_index.json", text=json.dumps(index, indent=2) + "\n")]
@@ -160,15 +162,8 @@ class DiffusersSource(Source):
 
     def _is(self, component: Component, folder: Path, config: dict[str, Any]) -> bool:
         """Whether ``folder`` holds ``component``; another class in its folder is an error."""
-        architectures = config.get("architectures") or [None]
-        found = config.get("_class_name") or architectures[0]
-        if found in (component.class_name, *component.also):
-            check_config(component, folder, config)
-            return True
-        if folder == self.folder:
+        if folder == self.folder and class_of(config) not in component.classes:
             return False
-        raise SourceError(
-            f"{component.folder} is a {found}, not a {component.class_name}",
-            where=str(folder / "config.json"),
-            hint=supported(),
-        )
+        check_class(component, folder / "config.json", config)
+        check_config(component, folder, config)
+        return True

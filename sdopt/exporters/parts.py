@@ -9,6 +9,7 @@ from typing import Any
 from sdopt.errors import SourceError
 from sdopt.exporters.components import supported
 from sdopt.exporters.ports import Component
+from sdopt.exporters.recognition import class_of
 from sdopt.passes.base import Role
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
@@ -48,8 +49,8 @@ def check_class(component: Component, path: Path, config: Mapping[str, Any]) -> 
     Raises:
         SourceError: naming both.
     """
-    found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    if found not in (component.class_name, *component.also):
+    found = class_of(config)
+    if found not in component.classes:
         raise SourceError(
             f"{component.folder} is a {found}, not a {component.class_name}",
             where=str(path),
@@ -57,7 +58,7 @@ def check_class(component: Component, path: Path, config: Mapping[str, Any]) -> 
         )
 
 
-def component_class(component: Component) -> tuple[str, str]:
+def component_class(component: Component, config: Mapping[str, Any]) -> tuple[str, str]:
     """Library and class of a component, as a pipeline's index writes them."""
     library = "transformers" if component.role is Role.TEXT_ENCODER else "diffusers"
-    return library, component.class_name
+    return library, class_of(config) or component.class_name

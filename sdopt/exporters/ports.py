@@ -121,6 +121,11 @@ class Component:
     also: tuple[str, ...] = ()
     optional: bool = False
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every class that it may be."""
+        return (self.class_name, *self.also)
+
     def of(self, config: Mapping[str, Any]) -> Component:
         """The component with the ports that a configuration gives it.
 

@@ -32,14 +32,15 @@ def family_name(folder: Path, index: Mapping[str, Any]) -> str:
     places = ("unet", "transformer", "text_encoder_2", "text_encoder_3", "")
     paths = [folder / place / "config.json" for place in places]
     configs = [read_json(path) for path in paths if path.is_file()]
-    if any(_class_of(one) in _ONLY_SD3 for one in configs):
+    if any(class_of(one) in _ONLY_SD3 for one in configs):
         return "sd3"
     text_time = any(one.get("addition_embed_type") == "text_time" for one in configs)
-    second = any(_class_of(one) == _SECOND for one in configs)
+    second = any(class_of(one) == _SECOND for one in configs)
     return "sdxl" if text_time or second else "sd"
 
 
-def _class_of(config: Mapping[str, Any]) -> Any:
+def class_of(config: Mapping[str, Any]) -> Any:
+    """The class that a configuration was saved from, as diffusers or transformers name it."""
     return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
 
 

@@ -140,9 +140,9 @@ class SingleFileSource(Source):
         for component in self._family.components:
             held = component.folder not in self._unused()
             if not component.optional:
-                index[component.folder] = (
-                    list(component_class(component)) if held else [None, None]
-                )
+                _, config = self._configs.get(component.name, (None, {}))
+                named = component_class(component, config) if held else (None, None)
+                index[component.folder] = list(named)
         for part, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             if encoder in index:
                 held = encoder not in self._unused()

@@ -15,7 +15,7 @@ from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
 from sdopt.report import Progress, part
 from sdopt.runtime.adapting import Adapted, adapt
-from sdopt.runtime.pipeline import assemble, runner_of
+from sdopt.runtime.pipeline import assemble
 from sdopt.runtime.request import (
     Request,
     check_control,
@@ -27,7 +27,7 @@ from sdopt.runtime.request import (
     read_image,
     start_image,
 )
-from sdopt.runtime.runners import Task
+from sdopt.runtime.runners import Task, runner_of
 from sdopt.runtime.session import REFINER, Opener, choose_stages, digest_of, opener
 
 if TYPE_CHECKING:

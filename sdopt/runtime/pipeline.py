@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from sdopt.errors import BundleError, MissingDependencyError, UsageError
 from sdopt.runtime.adapting import Adapted, adapt
 from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
-from sdopt.runtime.runners import RUNNERS, Runner, Task
+from sdopt.runtime.runners import INDEX, Runner, Task, index_of, read, runner_of
 from sdopt.runtime.scheduled import open_stage
 from sdopt.runtime.session import REFINER, Opener, choose_stages, opener
 from sdopt.session import Session
-
-INDEX, WHAT_INDEX = "model_index.json", "which pipeline this is"
 
 
 def load_pipeline(
@@ -104,7 +101,7 @@ def assemble(
     from sdopt.runtime.control import ControlNet
     from sdopt.runtime.denoisers import DENOISERS
 
-    index = _read(bundle, INDEX, WHAT_INDEX)
+    index = index_of(bundle)
     config = _scheduler_config(bundle)
     steps = (
         schedulers.named(scheduler, config)
@@ -163,40 +160,8 @@ def _pipeline_class(name: str) -> Any:
         ) from error
 
 
-def runner_of(bundle: Bundle) -> Runner:
-    """What runs the bundle, by the class that its index names.
-
-    Raises:
-        BundleError: there is no index, or nothing runs that class.
-    """
-    name = str(_read(bundle, INDEX, WHAT_INDEX).get("_class_name"))
-    if name not in RUNNERS:
-        raise BundleError(
-            f"sdopt cannot run a {name} yet",
-            where=str(bundle.path / INDEX),
-            hint=f"it runs {', '.join(RUNNERS)}; other tools read the ONNX files as they are",
-        )
-    return RUNNERS[name]
-
-
 def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
-    return _read(bundle, "scheduler/scheduler_config.json", "the noise schedule")
-
-
-def _read(bundle: Bundle, name: str, what: str) -> dict[str, Any]:
-    path = bundle.path / name
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"this bundle has no readable {name}",
-            where=str(path),
-            why=f"it says {what}",
-            hint="export again from a whole diffusers folder: sdopt export SOURCE -o BUNDLE",
-        ) from error
-    if not isinstance(data, dict):
-        raise BundleError("this is no JSON object", where=str(path))
-    return data
+    return read(bundle, "scheduler/scheduler_config.json", "the noise schedule")
 
 
 def _tokenizers(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from sdopt.bundle import Bundle
+from sdopt.errors import BundleError
+
+INDEX = "model_index.json"
 
 _DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _CONSISTENCY = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
@@ -100,3 +106,49 @@ RUNNERS: Mapping[str, Runner] = {
     **dict.fromkeys(_SD3, Runner(*_SD3, encoders=_THREE, denoiser="transformer", given={})),
 }
 """The class that ``model_index.json`` names to what runs it."""
+
+
+def runner_of(bundle: Bundle) -> Runner:
+    """What runs the bundle, by the class that its index names.
+
+    Raises:
+        BundleError: there is no index, or nothing runs that class.
+    """
+    name = str(index_of(bundle).get("_class_name"))
+    if name not in RUNNERS:
+        raise BundleError(
+            f"sdopt cannot run a {name} yet",
+            where=str(bundle.path / INDEX),
+            hint=f"it runs {', '.join(RUNNERS)}; other tools read the ONNX files as they are",
+        )
+    return RUNNERS[name]
+
+
+def index_of(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's ``model_index.json``.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    return read(bundle, INDEX, "which pipeline this is")
+
+
+def read(bundle: Bundle, name: str, what: str) -> dict[str, Any]:
+    """A JSON file of the bundle, which says ``what``.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    path = bundle.path / name
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"this bundle has no readable {name}",
+            where=str(path),
+            why=f"it says {what}",
+            hint="export again from a whole diffusers folder: sdopt export SOURCE -o BUNDLE",
+        ) from error
+    if not isinstance(data, dict):
+        raise BundleError("this is no JSON object", where=str(path))
+    return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 from sdopt import registry, spec
 from sdopt.bundle import OPTIMIZED, RAW, Bundle, Stage
 from sdopt.errors import BundleError, UnknownNameError
+from sdopt.runtime.runners import index_of, runner_of
 from sdopt.session import Session
 
 PURPOSE = {
@@ -26,15 +26,6 @@ PURPOSE = {
 """The components that running needs, and what for."""
 
 REFINER = "sdxl_refiner"
-_BEFORE: Mapping[str, tuple[str, ...]] = {
-    "sdxl": ("text_encoder", "text_encoder_2", "unet"),
-    REFINER: ("text_encoder_2", "unet"),
-    "sd3": ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer"),
-}
-_BEFORE_BY_DEFAULT = ("text_encoder", "unet")
-"""The components of a family that run before the VAE's decoder."""
-_OPTIONAL = ("text_encoder_3",)
-"""Those that a pipeline may come without: then its ``model_index.json`` says so."""
 
 
 class Opener(Protocol):
@@ -77,13 +68,15 @@ def choose_stages(
     so that a recipe may optimize one component only.
 
     Raises:
-        BundleError: a component is missing; says what it is for and how to export it.
+        BundleError: there is no index, or a component is missing; says what for, and what to do.
         UnknownNameError: no component has the stage.
     """
-    before = _BEFORE.get(bundle.manifest.family, _BEFORE_BY_DEFAULT)
+    runner, index = runner_of(bundle), index_of(bundle)
+    # What a pipeline was saved without, its index holds as null: XL's refiner, SD3 without T5.
+    encoders = [name for name in runner.encoders if any(index.get(name, [name]) or ())]
     hint = ("controlnet",) if control else ()
     vae = ("vae_encoder", "vae_decoder") if image_to_image else ("vae_decoder",)
-    needed = [name for name in (*before, *hint, *vae) if not _left_out(bundle, name)]
+    needed = [*encoders, *hint, runner.denoiser, *vae]
     for name in needed:
         if name not in bundle.components or not bundle.stages(name):
             origin = bundle.manifest.origin or "SOURCE"
@@ -107,14 +100,6 @@ def choose_stages(
             )
         return {name: bundle.current(name, stage) for name in needed}
     return {name: _latest(bundle, name, target.stage_name()) for name in needed}
-
-
-def _left_out(bundle: Bundle, name: str) -> bool:
-    """Whether the pipeline was saved without this component, as SD3 may be without T5."""
-    path = bundle.path / "model_index.json"
-    if name not in _OPTIONAL or name in bundle.components or not path.is_file():
-        return False
-    return not any(json.loads(path.read_text("utf-8")).get(name) or ())
 
 
 def _latest(bundle: Bundle, component: str, built: str) -> Stage:

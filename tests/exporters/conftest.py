@@ -14,8 +14,10 @@ import torch
 
 from sdopt.exporters import DiffusersSource, Exported
 from tests.exporters import tiny
+from tests.exporters.made import copy_of
 
 Session = Callable[[str], ort.InferenceSession]
+Pair = tuple[Path, Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,6 +74,18 @@ def lowered() -> list[bool]:
 def exported_fp16(pipeline_fp16: Path) -> Callable[[str], Exported]:
     """Export a component of the fp16 pipeline, once; for tests that only look."""
     return _once(DiffusersSource(pipeline_fp16).export)
+
+
+@pytest.fixture(scope="module")
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The folder of the test file's ``MODEL`` and a bundle of it, which the tests may change."""
+    return copy_of(request.module.MODEL, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def source(both: Pair) -> Path:
+    """The folder of the test file's ``MODEL``."""
+    return both[0]
 
 
 def _once(export: Callable[[str], Exported]) -> Callable[[str], Exported]:

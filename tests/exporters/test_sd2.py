@@ -18,22 +18,12 @@ from sdopt.session import Session
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
-from tests.exporters.made import copy_of
 
 SIZES = [(8, 8), (9, 13), (13, 23), (5, 3)]
 PROMPT, NEGATIVE = "ab a cab", "q"
+MODEL = "sd2"
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return copy_of("sd2", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def source(both: tuple[Path, Path]) -> Path:
-    return both[0]
 
 
 @pytest.fixture(scope="module")

@@ -21,26 +21,16 @@ from sdopt.runtime.generate import generate
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
-from tests.exporters.made import copy_of
 
 SIZES = [(4, 4), (5, 7), (3, 2)]
 """In patches, of two latent pixels each."""
+MODEL = "sd35"
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
 ENCODERS = ["text_encoder", "text_encoder_2", "text_encoder_3"]
 COMPONENTS = [*ENCODERS, "transformer", "vae_encoder", "vae_decoder"]
 SD3 = {"dual_attention_layers": (), "qk_norm": None}
 """What the transformer of 3.0 does without."""
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return copy_of("sd35", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def source(both: tuple[Path, Path]) -> Path:
-    return both[0]
 
 
 @pytest.fixture(scope="module")

@@ -27,19 +27,10 @@ from tests.exporters.families import FP16, FP32, distance
 from tests.exporters.made import copy_of
 
 SIZES = [(8, 8), (9, 13), (5, 3)]
+MODEL = "sdxl"
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
 COMPONENTS = ["text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder"]
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return copy_of("sdxl", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def source(both: tuple[Path, Path]) -> Path:
-    return both[0]
 
 
 @pytest.fixture(scope="module")

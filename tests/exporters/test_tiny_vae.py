@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,15 @@ import sdopt
 from sdopt import api
 from sdopt.bundle import Bundle
 from sdopt.compare import compare
+from sdopt.exporters import DiffusersSource
 from sdopt.runtime.generate import generate
 from sdopt.targets.ort import Ort
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
-from tests.exporters.made import copy_of
 
+MODEL = "sd1-tiny-vae"
 IMAGE = 2e-5
 """Four steps on components that are each within 5e-6."""
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return copy_of("sd1-tiny-vae", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def source(both: tuple[Path, Path]) -> Path:
-    return both[0]
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +75,14 @@ def test_run_and_compare_know_it(source: Path, bundle: Path) -> None:
     assert one.image.size == (64, 72)
     for component in ("vae_encoder", "vae_decoder"):
         assert compare(str(source), f"{bundle}@optimized", components=[component]).passed
+
+
+def test_it_may_be_supplied(source: Path, tmp_path: Path) -> None:
+    """In the place of a pipeline's own; the bundle's index then names its class."""
+    plain = source.parent / "tokenizers" / "plain"
+    given = DiffusersSource(plain, {"vae": source / "vae"})
+    index = next(file for file in given.shared_files() if file.path == "model_index.json")
+    assert json.loads(str(index.text))["vae"] == ["diffusers", "AutoencoderTiny"]
+    assert [port.name for port in given.export("vae_encoder").model.graph.outputs] == [
+        "latent_sample"
+    ]
