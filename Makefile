@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
 # For the vocabulary that it ships, without the vision packages that it depends on.
 CLIP   := open_clip_torch==3.3.0
-EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,dev
+EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,report,dev
 
 PYTHON310 ?=
 TPU       := .venv-tpu
@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick lint docs format bench optimum tpu-env clean
+.PHONY: help venv demo test quick lint docs format bench optimum tpu-env browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,12 @@ $(TPU)/.installed: constraints-tpu.txt
 	@$(TPU)/bin/python -m pip install --quiet uv
 	@$(TPU)/bin/uv pip install --quiet --python $(TPU)/bin/python --no-deps -r constraints-tpu.txt
 	@touch $@
+
+# The pages that sdopt writes are looked at by a real browser; as root on Debian it is installed.
+browser: ## Chromium for the tests of pages
+	@./.ci/find-chromium 2>/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| ./.ci/find-chromium
 
 clean: ## Remove .venv, caches and what the demo left
 	@rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

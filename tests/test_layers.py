@@ -24,7 +24,7 @@ LAYERS = (
     ("modelfile",),
     ("tolerance", "registry", "flops", "artifacts", "recorded"),
     ("report",),
-    ("requirements", "nonfinite"),
+    ("requirements", "nonfinite", "drawing"),
     ("bundle",),
     ("adapters",),
     ("passes",),

@@ -36,7 +36,17 @@ def requirements() -> list[Requirement]:
 
 
 def test_the_extras_are_those_that_the_documents_name() -> None:
-    documented = {"export", "ort", "trt", "trt-rtx", "simplify", "graphsurgeon", "ui", "dev"}
+    documented = {
+        "export",
+        "ort",
+        "trt",
+        "trt-rtx",
+        "simplify",
+        "graphsurgeon",
+        "report",
+        "ui",
+        "dev",
+    }
     assert set(PROJECT["optional-dependencies"]) == documented | {"bench"}
 
 
