@@ -20,7 +20,7 @@ from sdopt.requirements import parse_requirements
 from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
-    from sdopt.compare import Comparison
+    from sdopt.compare import Comparison, LayerComparison
     from sdopt.recorded import Recording
     from sdopt.runtime.generate import Generated
 
@@ -28,6 +28,7 @@ __all__ = [
     "adopt",
     "build",
     "compare",
+    "compare_layers",
     "export",
     "inspect",
     "optimize",
@@ -209,3 +210,10 @@ def compare(a: str, b: str, **options: Any) -> Comparison:
     from sdopt import compare as comparing
 
     return comparing.compare(a, b, **options)
+
+
+def compare_layers(a: str, b: str, **options: Any) -> tuple[LayerComparison, ...]:
+    """Compare two things layer by layer; see ``sdopt.compare.compare_layers`` for the options."""
+    from sdopt import compare as comparing
+
+    return comparing.compare_layers(a, b, **options)

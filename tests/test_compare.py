@@ -557,7 +557,7 @@ def test_the_reference_computes_each_component(
     feeds = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     if component == "unet":
         feeds["timestep"] = np.array(7, np.float32)
-    (found,) = reference.module(checkpoint, component)(feeds).values()
+    (found,) = reference.module(checkpoint, component).run(feeds).values()
     assert found.shape == output
     assert found.dtype == np.float32
     assert np.isfinite(found).all()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect as pyinspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdopt.cli import render
 from sdopt.cli.options import Components, Json, ModelArgument
 from sdopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from sdopt.compare import LayerComparison
 
 
 def inspect(
@@ -71,9 +74,10 @@ def _graph(one: dict[str, Any]) -> None:
 
 def compare(
     a: Annotated[
-        str, typer.Argument(help="A bundle (BUNDLE@STAGE), FILE.onnx or diffusers folder.")
+        str,
+        typer.Argument(help="BUNDLE or BUNDLE@STAGE, FILE.onnx, artifact, diffusers folder."),
     ],
-    b: Annotated[str, typer.Argument(help="What to compare it with.")],
+    b: Annotated[str, typer.Argument(help="What to compare it with, the reference.")],
     component: Components = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     dim: Annotated[
@@ -83,9 +87,22 @@ def compare(
         str | None,
         typer.Option(help="Python with preprocess(inputs) or postprocess(outputs): dict to dict."),
     ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(help="A folder that record wrote: its inputs in place of seeded ones."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Of the recorded ones at most so many; the worst decides.", min=1)
+    ] = 8,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also layer by layer: where does the error begin?")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the plots of --layers.")
+    ] = Path("layers"),
     as_json: Json = False,
 ) -> None:
-    """Run the same seeded inputs through both and judge the distance; exit code 1 if too far."""
+    """Run the same inputs through both and judge the distance; exit code 1 if too far."""
     from sdopt import api
     from sdopt.shapes import parse_dim
 
@@ -94,17 +111,42 @@ def compare(
         if low != high:
             raise UsageError("compare takes one size of an axis", hint=f"--dim {name}={high}")
         sizes[name] = high
+    options: dict[str, Any] = {
+        "components": component,
+        "seed": seed,
+        "sizes": sizes,
+        "hooks": hooks,
+        "recorded": recorded,
+        "samples": samples,
+    }
     with render.progress("compare") as tell:
-        found = api.compare(
-            a, b, components=component, seed=seed, sizes=sizes, hooks=hooks, progress=tell
-        )
+        found = api.compare(a, b, progress=tell, **options)
+    inside: tuple[LayerComparison, ...] = ()
+    if layers:
+        with render.progress("layers") as tell:
+            inside = api.compare_layers(a, b, progress=tell, **options)
     if as_json:
-        render.dump(found.to_json())
+        more = {"layers": [one.to_json() for one in inside]} if layers else {}
+        render.dump({**found.to_json(), **more})
     else:
-        for line in found.lines():
+        for line in [*found.lines(), *(line for one in inside for line in one.lines())]:
             render.result(line)
+    if layers:
+        _plots(inside, output)
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _plots(inside: tuple[LayerComparison, ...], folder: Path) -> None:
+    """A page of all, and an image of each."""
+    from sdopt import datafile
+    from sdopt.compare.layer_report import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    page(inside).write(folder / "layers.html")
+    for one in inside:
+        datafile.write_bytes(folder / f"{one.component}.png", one.chart().png())
+    render.say(f"plots: {folder / 'layers.html'}, and a PNG of each component beside it")
 
 
 def passes(

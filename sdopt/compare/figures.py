@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +82,11 @@ def figures_of_any(name: str, a: np.ndarray, b: np.ndarray) -> Figures:
     return Figures(name, b.shape, endless, endless, 0.0, -endless, shape_a=a.shape)
 
 
+def worst(several: Sequence[Figures]) -> Figures:
+    """The one of several samples of an output that is farthest off; what is no number is worst."""
+    return max(several, key=lambda one: (not one.finite, one.relative_l2))
+
+
 def _ratio(gap: float, reference: float) -> float:
     if gap == 0:
         return 0.0
@@ -98,3 +105,12 @@ def _psnr(reference: np.ndarray, size_gap: float) -> float:
     spread = float(reference.max() - reference.min())
     root_mean_square = size_gap / float(np.sqrt(reference.size))
     return 20 * float(np.log10(spread / root_mean_square)) if spread else float("-inf")
+
+
+def plain(data: Any) -> Any:
+    """Dicts and lists for JSON, which has no NaN and no infinity: these become None."""
+    if isinstance(data, dict):
+        return {key: plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from sdopt.errors import UsageError
+from sdopt.recorded import HOW, Recording
 from sdopt.session import Port
 from sdopt.shapes import number_of
 
@@ -113,6 +114,33 @@ def make(
         )
         for name, port in ports.items()
     }
+
+
+def recorded(
+    recording: Recording, ports: Mapping[str, Port], samples: int
+) -> list[dict[str, np.ndarray]]:
+    """Recorded inputs of exactly these ports, ``samples`` of them evenly over the recording.
+
+    Raises:
+        UsageError: nothing was recorded of a component with these inputs.
+        BundleError: a sample cannot be read.
+    """
+    known = recording.of(frozenset(ports))
+    if not known:
+        counts = ", ".join(f"{count} of {name}" for name, count in recording.counts().items())
+        raise UsageError(
+            "nothing was recorded of a component with these inputs",
+            where=str(recording.folder),
+            why=f"it takes {', '.join(ports)}; recorded are {counts}",
+            hint=HOW,
+        )
+    few = min(samples, len(known))
+    chosen = sorted({round(i * (len(known) - 1) / max(1, few - 1)) for i in range(few)})
+    found = []
+    for sample in (known[index] for index in chosen):
+        arrays = recording.load(sample)
+        found.append({name: arrays[name].astype(port.dtype) for name, port in ports.items()})
+    return found
 
 
 def _part(dim: str, chosen: Mapping[str, int]) -> int | None:

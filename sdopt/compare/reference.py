@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sdopt.compare.looking import Layer, Seen
+from sdopt.compare.stepping import Values
 from sdopt.errors import MissingDependencyError, SourceError, UnknownNameError, UsageError
 from sdopt.exporters.components import COMPONENTS
 from sdopt.exporters.recognition import class_of, read_json
@@ -16,7 +18,7 @@ from sdopt.runtime.quiet import quiet
 from sdopt.spec import suggest
 
 _DOWN = "down_block_additional_residuals."
-Compute = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+_Call = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 
 def components(folder: Path) -> tuple[str, ...]:
@@ -28,8 +30,8 @@ def components(folder: Path) -> tuple[str, ...]:
     )
 
 
-def module(folder: Path, name: str) -> Compute:
-    """A component's computation, its weights widened to float32.
+def module(folder: Path, name: str) -> Module:
+    """A component's network, its weights widened to float32.
 
     In float32 whatever the checkpoint is in: half precision on a CPU is slow, and no reference.
 
@@ -47,7 +49,7 @@ def module(folder: Path, name: str) -> Compute:
     try:
         with quiet():
             import diffusers
-            import torch
+            import torch  # noqa: F401 - a module computes with it
             import transformers
     except ImportError as error:
         raise MissingDependencyError(
@@ -78,25 +80,83 @@ def module(folder: Path, name: str) -> Compute:
     # The first of two text encoders gives what the second does.
     two = name == "text_encoder" and (folder / "text_encoder_2").is_dir()
     call = _text_encoder_of_xl if two else _CALLS[str(class_name), component.role]
+    return Module(name, str(place), network, call)
 
-    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+
+class Module:
+    """A network in PyTorch, in float32, behind names and arrays."""
+
+    wired = False
+
+    def __init__(self, name: str, where: str, network: Any, call: _Call) -> None:
+        self._name, self._where, self._network, self._call = name, where, network, call
+        self._modules = {path: one for path, one in network.named_modules() if path}
+        # A graph's paths are those of the checkpoint: transformers 5 knows CLIP's text model
+        # without the prefix that 4 wrote.
+        for path, one in tuple(self._modules.items()):
+            self._modules.setdefault(f"text_model.{path}", one)
+            self._modules.setdefault(path.removeprefix("text_model."), one)
+        self.layers = {
+            path: Layer(path, path, type(one).__name__) for path, one in self._modules.items()
+        }
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute the outputs, float32.
+
+        Raises:
+            UsageError: PyTorch cannot take these inputs.
+        """
+        import torch
+
         tensors = {
             key: torch.from_numpy(array if array.dtype.kind in "iu" else array.astype(np.float32))
             for key, array in feeds.items()
         }
         try:
             with torch.no_grad():
-                outputs = call(network, tensors)
+                outputs = self._call(self._network, tensors)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UsageError(
-                f"PyTorch's {name} cannot take these inputs",
-                where=str(place),
+                f"PyTorch's {self._name} cannot take these inputs",
+                where=self._where,
                 why=str(error).split("\n", 1)[0],
                 hint="compare with the checkpoint that the graph was exported from",
             ) from error
         return {key: value.numpy() for key, value in outputs.items()}
 
-    return run
+    def look(self, feeds: Sequence[Values], names: Collection[str]) -> Iterator[Seen]:
+        """Run it and hand out what modules gave, in the order in which they ended.
+
+        Of a tuple it is the first tensor, of a module that runs several times what it gave last.
+        """
+        wanted = {path: one for path, one in self._modules.items() if path in names}
+        for number, feed in enumerate(feeds):
+            given: dict[str, np.ndarray] = {}
+
+            def heard(path: str, output: object, into: dict[str, np.ndarray] = given) -> None:
+                if (tensor := _first_tensor(output)) is not None:
+                    into.pop(path, None)
+                    into[path] = tensor.detach().numpy().copy()
+
+            hooks = [
+                one.register_forward_hook(lambda _, __, output, p=path: heard(p, output))
+                for path, one in wanted.items()
+            ]
+            try:
+                self.run(feed)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for path, array in given.items():
+                yield number, path, array
+
+
+def _first_tensor(output: Any) -> Any:
+    if isinstance(output, (tuple, list)):
+        return _first_tensor(output[0]) if output else None
+    if isinstance(output, Mapping):  # transformers' and diffusers' outputs
+        return _first_tensor(tuple(output.values()))
+    return output if hasattr(output, "detach") else None
 
 
 def _text_encoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +211,6 @@ def _vae_decoder(network: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     return {"sample": network.decode(feeds["latent_sample"], return_dict=False)[0]}
 
 
-_Call = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 _CALLS: Mapping[tuple[str, Role], _Call] = {
     ("CLIPTextModel", Role.TEXT_ENCODER): _text_encoder,
     ("CLIPTextModelWithProjection", Role.TEXT_ENCODER): _text_encoder_of_xl,

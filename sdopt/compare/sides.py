@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from sdopt import artifacts, companions, graph, modelfile, registry, spec
 from sdopt.bundle import MANIFEST, OPTIMIZED, Bundle
+from sdopt.compare.looking import Inside, InsideGraphs
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord, Step
 from sdopt.runtime.scheduled import open_stage
 from sdopt.session import Port, Session
+
+if TYPE_CHECKING:
+    from sdopt.compare import reference
 
 PYTORCH = "pytorch"
 """In the place of a stage: the checkpoint that lies in the same folder, run by PyTorch."""
@@ -36,6 +40,7 @@ class Opened:
         dtypes: names of the floating types that its weights and inputs are in.
         vocabularies: how many values an integer input may have, where the graph says it.
         sizes: the largest sizes of dynamic dimensions that its configuration allows.
+        inside: looks into it, layer by layer; None where that cannot be done.
     """
 
     label: str
@@ -46,6 +51,7 @@ class Opened:
     dtypes: frozenset[str] = frozenset()
     vocabularies: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    inside: Callable[[], Inside] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,7 @@ def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Op
         dtypes=frozenset(_float_types(model)),
         vocabularies=_vocabularies(model),
         sizes={"sequence_length": limit} if limit else {},
+        inside=lambda: InsideGraphs(path),
     )
 
 
@@ -168,12 +175,14 @@ def _checkpoint(path: Path) -> Side:
     return Side(
         f"{path} in PyTorch",
         {
-            name: lambda name: Opened(
-                f"{path}@{PYTORCH}", reference.module(path, name), None, dtypes=frozenset()
-            )
+            name: lambda name: _module(path, reference.module(path, name))
             for name in reference.components(path)
         },
     )
+
+
+def _module(path: Path, module: reference.Module) -> Opened:
+    return Opened(f"{path}@{PYTORCH}", module.run, None, inside=lambda: module)
 
 
 def _float_types(model: ir.Model) -> set[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
 from sdopt.errors import BuildError
 from sdopt.session import Port, checked_feeds
-from sdopt.targets._ort_weights import model_with
+from sdopt.targets._ort_weights import WEIGHTS_FOLDER, model_with
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -74,6 +75,33 @@ class OrtSession:
         with explained("onnxruntime failed in this graph", self._where):
             values = self._session.run(list(self.outputs), arrays)
         return dict(zip(self.outputs, values, strict=True))
+
+
+class OrtPiece:
+    """A part of a graph on the CPU provider, its weights beside it, onnxruntime's rewrites off.
+
+    Its inputs are of any shape; they are not checked but by onnxruntime.
+    """
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, threads: int) -> None:
+        self._where = str(folder)
+        self._gives = [value.name for value in model.graph.output]
+        options = session_options(threads, optimize=False)
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(folder.absolute()))
+        with explained("onnxruntime cannot load a part of this graph", self._where):
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the part gives, in its order.
+
+        Raises:
+            BuildError: onnxruntime failed inside.
+        """
+        with explained("onnxruntime failed in a part of this graph", self._where):
+            values = self._session.run(self._gives, dict(feeds))
+        return dict(zip(self._gives, values, strict=True))
 
 
 def ports(arguments: list[Any], where: str) -> dict[str, Port]:

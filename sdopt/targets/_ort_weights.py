@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-_FOLDER = "session.model_external_initializers_file_folder_path"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Setting of a session that is made of bytes: where its weights lie."""
 
 
 def model_with(
@@ -43,7 +44,7 @@ def model_with(
     for one in inside:
         tensor = weights[one.name]
         one.CopyFrom(ir.to_proto(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=one.name)))
-    options.add_session_config_entry(_FOLDER, str(path.parent.absolute()))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent.absolute()))
     return model.SerializeToString(), values
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 
 from sdopt.errors import MissingDependencyError, UsageError
 from sdopt.session import Session
 from sdopt.targets.base import Dialect, Target
+
+Piece = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""A part of a graph, ready to run on arrays by name."""
 
 # onnxruntime 1.31: beyond these it refuses to load a file.
 _OPSET, _IR = 26, 13
@@ -159,3 +164,15 @@ class Ort(Target):
             optimize=optimize,
             weights=weights,
         )
+
+    def open_piece(self, model: onnx.ModelProto, folder: Path) -> Piece:
+        """Open a part of a graph on the CPU, node by node as it is written.
+
+        Raises:
+            MissingDependencyError: onnxruntime is not installed.
+            BuildError: it refuses the part.
+        """
+        Ort().check_available()
+        from sdopt.targets._ort_session import OrtPiece
+
+        return OrtPiece(model, folder, self.threads)
