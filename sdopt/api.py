@@ -21,6 +21,7 @@ from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
     from sdopt.compare import Comparison, LayerComparison
+    from sdopt.precision import PrecisionReport
     from sdopt.recorded import Recording
     from sdopt.runtime.generate import Generated
 
@@ -34,6 +35,7 @@ __all__ = [
     "optimize",
     "optimize_file",
     "pack",
+    "precision",
     "record",
     "run",
 ]
@@ -217,3 +219,10 @@ def compare_layers(a: str, b: str, **options: Any) -> tuple[LayerComparison, ...
     from sdopt import compare as comparing
 
     return comparing.compare_layers(a, b, **options)
+
+
+def precision(bundle: str | Path, component: str, **options: Any) -> PrecisionReport:
+    """Find what must stay in float32; see ``sdopt.precision.choose`` for the options."""
+    from sdopt.precision import choose
+
+    return choose(bundle, component, **options)

@@ -65,6 +65,7 @@ COMMANDS = [
     "build",
     "run",
     "compare",
+    "precision",
     "inspect",
     "pack",
     "passes",

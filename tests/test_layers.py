@@ -31,7 +31,7 @@ LAYERS = (
     ("pipeline", "exporters", "targets", "runtime"),
     ("provenance", "merging"),
     ("adopting", "compare", "bench", "exporting", "inspection", "packing", "pages", "staging"),
-    ("building",),
+    ("building", "precision"),
     ("api",),
     ("cli", "ui", "sweep"),
     ("__main__",),

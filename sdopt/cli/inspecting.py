@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdopt.cli import render
-from sdopt.cli.options import Components, Json, ModelArgument
-from sdopt.errors import UsageError
+from sdopt.cli.options import Components, Json, ModelArgument, one_size_each
 
 if TYPE_CHECKING:
     from sdopt.compare import LayerComparison
@@ -104,13 +103,8 @@ def compare(
 ) -> None:
     """Run the same inputs through both and judge the distance; exit code 1 if too far."""
     from sdopt import api
-    from sdopt.shapes import parse_dim
 
-    sizes = {}
-    for name, (low, high) in map(parse_dim, dim or []):
-        if low != high:
-            raise UsageError("compare takes one size of an axis", hint=f"--dim {name}={high}")
-        sizes[name] = high
+    sizes = one_size_each(dim or [], "compare")
     options: dict[str, Any] = {
         "components": component,
         "seed": seed,

@@ -148,12 +148,11 @@ def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Op
     model = modelfile.load(path)
     text = model.metadata_props.get(RECORD_KEY)
     record = StageRecord.loads(text, str(path)) if text else None
-    session = _session(path, target)
     limit = config.get("max_position_embeddings")
     return Opened(
         label,
-        session.run,
-        session.inputs,
+        _Lazy(lambda: _session(path, target)),
+        ports_of(model, str(path)),
         origin=record.origin if record else None,
         history=tuple(s for s in record.history if s.changed) if record else (),
         dtypes=frozenset(_float_types(model)),
@@ -161,6 +160,39 @@ def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Op
         sizes={"sequence_length": limit} if limit else {},
         inside=lambda: InsideGraphs(path),
     )
+
+
+class _Lazy:
+    """A session that is opened when it is first run: its weights may not fit into memory."""
+
+    def __init__(self, opens: Callable[[], Session]) -> None:
+        self._opens = opens
+        self._session: Session | None = None
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._session = self._session or self._opens()
+        return self._session.run(feeds)
+
+
+def ports_of(model: ir.Model, where: str) -> dict[str, Port]:
+    """The inputs of a graph, of a stage with companions those of the function they are together.
+
+    Raises:
+        BundleError: the plan of the companions cannot be read.
+    """
+    text = model.metadata_props.get(companions.PLAN_KEY)
+    values = {v.name or "": v for one in companions.family(model) for v in one.graph.inputs}
+    weights = {name for one in companions.family(model) for name in one.graph.initializers}
+    names = companions.Plan.loads(text, where).inputs if text else list(values)
+    found = {}
+    for name in (name for name in names if name in values and name not in weights):
+        value = values[name]
+        dims = tuple(
+            dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape or ()
+        )
+        dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+        found[name] = Port(dtype, dims)
+    return found
 
 
 def _session(path: Path, target: str) -> Session:

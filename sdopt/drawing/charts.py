@@ -156,8 +156,8 @@ def points(
     A field of the tooltip that is called ``image`` and holds a data URL is shown as a picture.
     """
     encoding: dict[str, Any] = {
-        "x": {**x, "scale": {"zero": False, **x.get("scale", {})}},
-        "y": {**y, "scale": {"zero": False, **y.get("scale", {})}},
+        "x": {"scale": {"zero": False}, **x},
+        "y": {"scale": {"zero": False}, **y},
         "tooltip": _tooltip(tooltip),
     }
     if color is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import graph
 from sdopt.passes import _precision
@@ -47,9 +46,7 @@ class HalfCast(Pass):
             ctx.skip("the weights are in a half type already", "the whole graph")
             return
         known = {value: (value.type, value.shape) for value in _precision.values(model)}
-        # Exporters leave intermediate values without a type. Not strict: with a fixed batch onnx
-        # 1.23 takes the phases of a timestep for a shape, and then gives up the whole graph.
-        ShapeInferencePass(strict_mode=False)(model)
+        _precision.infer_types(model)
         if not any(map(_precision.is_float, _precision.values(model))):
             for value, (kind, shape) in known.items():
                 value.type, value.shape = kind, shape

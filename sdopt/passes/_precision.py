@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import graph, weights
 
@@ -13,6 +14,10 @@ FLOAT = ir.DataType.FLOAT
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _STASHING = frozenset({"LayerNormalization", "RMSNormalization", "GroupNormalization"})
 _PERIODIC = frozenset({"Sin", "Cos"})
+_COMPOUND = frozenset(
+    {"SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase",
+     "SequenceMap", "Optional"}
+)  # fmt: skip
 _INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _TO = {"Cast": "to", "RandomNormalLike": "dtype", "EyeLike": "dtype", "RandomNormal": "dtype"}
 _MASK_READERS = frozenset({"Add", "Where", "Attention", "Expand", "Min", "Max", "Concat"})
@@ -41,8 +46,28 @@ def is_float(value: ir.Value | None) -> bool:
 
 
 def is_compound(value: ir.Value | None) -> bool:
-    """Whether a value is a sequence, or something that may be absent, and no plain tensor."""
-    return value is not None and isinstance(value.type, (ir.SequenceType, ir.OptionalType))
+    """Whether a value is a sequence, or something that may be absent, and no plain tensor.
+
+    What makes it decides: exporters leave values without a type, and onnx-ir's shape inference
+    (1.1) then writes a sequence down as a tensor of its elements' type.
+    """
+    node = value.producer() if value is not None else None
+    made = node is not None and not node.domain and node.op_type in _COMPOUND
+    return made or (
+        value is not None and isinstance(value.type, (ir.SequenceType, ir.OptionalType))
+    )
+
+
+def infer_types(model: ir.Model) -> None:
+    """Let onnx state the types of values that an exporter left without one.
+
+    Not strict: with a fixed batch onnx 1.23 takes the phases of a timestep for a shape, and then
+    gives up the whole graph.
+    """
+    known = {value: (value.type, value.shape) for value in values(model) if is_compound(value)}
+    ShapeInferencePass(strict_mode=False)(model)
+    for value, (kind, shape) in known.items():
+        value.type, value.shape = kind, shape
 
 
 def values(model: ir.Model) -> Iterator[ir.Value]:

@@ -147,6 +147,34 @@ def test_sequences_stay_in_float32(cast: Cast) -> None:
         np.testing.assert_array_equal(y, 2 * x[2:])
 
 
+def test_sequences_without_a_stated_type_stay_too(cast: Cast) -> None:
+    """As PyTorch's exporter writes a chunk: no type on what is between its nodes."""
+    text = """g (float[2,4] x) => (float[2,2] y) {
+        a = Mul(x, scale)
+        parts = SplitToSequence<axis=1>(a, sizes)
+        one = SequenceAt(parts, first)
+        other = SequenceAt(parts, second)
+        y = Mul(one, other)
+    }"""
+    weights = {
+        "scale": np.full((2, 4), 0.5, np.float32),
+        "sizes": np.array([2, 2]),
+        "first": np.array(0),
+        "second": np.array(1),
+    }
+    model = model_of(text, weights)
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = value.shape = None
+    ctx = apply(cast(keep=("io",)), model)
+    assert "SplitToSequence handles sequences and stays in fp32" in {s.reason for s in ctx.skips}
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    if cast is CastFp16:  # onnxruntime's CPU has no bfloat16 kernels
+        (found,) = run(model, {"x": x})
+        np.testing.assert_array_equal(found, x[:, :2] * x[:, 2:] / 4)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16])
 def test_a_graph_that_is_half_already_is_left(cast: Cast, dtype: type) -> None:
     word = "float16" if dtype is np.float16 else "bfloat16"
