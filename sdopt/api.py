@@ -20,12 +20,14 @@ from sdopt.requirements import parse_requirements
 from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
+    from sdopt.bench import BenchReport
     from sdopt.compare import Comparison, LayerComparison
     from sdopt.recorded import Recording
     from sdopt.runtime.generate import Generated
 
 __all__ = [
     "adopt",
+    "bench",
     "build",
     "compare",
     "compare_layers",
@@ -217,3 +219,10 @@ def compare_layers(a: str, b: str, **options: Any) -> tuple[LayerComparison, ...
     from sdopt import compare as comparing
 
     return comparing.compare_layers(a, b, **options)
+
+
+def bench(bundle: str | Path, **options: Any) -> BenchReport:
+    """Measure stages on targets side by side; see ``sdopt.bench.bench`` for the options."""
+    from sdopt import bench as benching
+
+    return benching.bench(bundle, **options)
