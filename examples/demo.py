@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +26,6 @@ import digits  # noqa: E402 - lies beside the model that it describes
 from sdopt import api  # noqa: E402
 from sdopt.bundle import Bundle  # noqa: E402
 from sdopt.report import Report  # noqa: E402
-from sdopt.targets.ort import Ort  # noqa: E402
 
 ROWS = {"raw": "model", "optimized": "ort_cpu", "tome=5": "tome5"}
 SETTINGS = {"steps": digits.STEPS, "guidance": digits.GUIDANCE, "seed": digits.SEED}
@@ -75,36 +72,16 @@ def describe(report: Report, only: str | None = None) -> Iterable[str]:
 
 def numbers(bundle: Bundle) -> Iterable[str]:
     """Milliseconds per denoising step, fp32, and what fp16 costs in bytes and error."""
-    feeds = {
-        "sample": np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32),
-        "timestep": np.array(500, np.float32),
-    }
-    sessions = {
-        name: Ort().open(bundle.file("unet", stage))
-        for name, stage in {**ROWS, "fp16": "fp16"}.items()
-    }
-    dims = sessions["raw"].inputs["encoder_hidden_states"].dims
-    feeds["encoder_hidden_states"] = (
-        np.random.default_rng(1).standard_normal((2, 77, int(dims[-1]))).astype(np.float32)
+    found = api.bench(
+        bundle.path, stages=[*ROWS.values()], components=["unet"], rounds=ROUNDS, memory=False
     )
-    wanted = sessions["raw"].run(feeds)["out_sample"]
-    errors: dict[str, float] = {}
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(ROUNDS):  # interleaved, so that a slow moment of the machine hits all alike
-        for name, session in sessions.items():
-            found = session.run(feeds)["out_sample"]  # untimed: the last one's threads still spin
-            errors[name] = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-            for _ in range(3):
-                start = time.perf_counter()
-                session.run(feeds)
-                times[name].append(time.perf_counter() - start)
-    yield "one denoising step of the UNet, batch 2, 128x128 px, ONNX Runtime on this CPU"
-    raw = statistics.median(times["raw"])
-    for name, stage in ROWS.items():
-        took = statistics.median(times[name])
+    (unet,) = found.components
+    shape = "x".join(map(str, unet.shapes["sample"]))
+    yield f"one denoising step of the UNet, sample {shape}, ONNX Runtime on this CPU"
+    for name, row in zip(ROWS, unet.rows, strict=True):
         yield (
-            f"  {name:<10}(stage {stage:<8}) {took * 1e3:7.2f} ms  {raw / took:5.2f}x  "
-            f"relative L2 {errors[name]:.1e}"
+            f"  {name:<10}(stage {row.row:<8}) {row.spread.p50:7.2f} ms  "
+            f"{1 / unet.ratio(row).p50:5.2f}x  relative L2 {error(bundle, row.row):.1e}"
         )
     sizes = {
         stage: sum(path.stat().st_size for path in data_of(bundle, stage))
@@ -112,8 +89,15 @@ def numbers(bundle: Bundle) -> Iterable[str]:
     }
     yield (
         f"  fp16      (stage fp16    ) {sizes['model'] / 1e6:.1f} MB of weights become "
-        f"{sizes['fp16'] / 1e6:.1f} MB      relative L2 {errors['fp16']:.1e}"
+        f"{sizes['fp16'] / 1e6:.1f} MB      relative L2 {error(bundle, 'fp16'):.1e}"
     )
+
+
+def error(bundle: Bundle, stage: str) -> float:
+    """Relative L2 of a UNet stage's output to the raw one's."""
+    raw = f"{bundle.path}@model"
+    found = api.compare(f"{bundle.path}@{stage}", raw, components=["unet"])
+    return found.components[0].outputs[0].relative_l2
 
 
 def data_of(bundle: Bundle, stage: str) -> Iterable[Path]:

@@ -1,8 +1,8 @@
 """sdopt: diffusion models to fast inference artifacts, by surgery on their ONNX graphs.
 
 The verbs are functions of ``sdopt.api``: ``export``, ``optimize``, ``build``, ``run``,
-``compare``, ``inspect``, ``pack``. ``sdopt.load_pipeline`` puts a bundle behind a diffusers
-pipeline.
+``bench``, ``compare``, ``inspect``, ``pack``. ``sdopt.load_pipeline`` puts a bundle behind a
+diffusers pipeline.
 """
 
 from __future__ import annotations

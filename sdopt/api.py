@@ -20,6 +20,7 @@ from sdopt.requirements import parse_requirements
 from sdopt.staging import Job, optimize_file
 
 if TYPE_CHECKING:
+    from sdopt.bench import BenchReport
     from sdopt.compare import Comparison, LayerComparison
     from sdopt.precision import PrecisionReport
     from sdopt.recorded import Recording
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adopt",
+    "bench",
     "build",
     "compare",
     "compare_layers",
@@ -226,3 +228,10 @@ def precision(bundle: str | Path, component: str, **options: Any) -> PrecisionRe
     from sdopt.precision import choose
 
     return choose(bundle, component, **options)
+
+
+def bench(bundle: str | Path, **options: Any) -> BenchReport:
+    """Measure stages on targets side by side; see ``sdopt.bench.bench`` for the options."""
+    from sdopt import bench as benching
+
+    return benching.bench(bundle, **options)

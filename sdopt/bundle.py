@@ -172,6 +172,13 @@ class Bundle:
         known = self.stages(component)
         return self.stage(component, next((n for n in preferred if n in known), RAW))
 
+    def is_stale(self, stage: Stage) -> bool:
+        """Whether the stage that this one was made from has changed since."""
+        source, component = stage.record.source_stage, stage.component
+        if source not in self.stages(component):
+            return False
+        return self.stage(component, source).digest != stage.record.source
+
     def config(self, component: str) -> dict[str, Any]:
         """The component's ``config.json`` as a dict, empty if there is none."""
         path = self.folder(component) / "config.json"

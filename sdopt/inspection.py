@@ -93,15 +93,12 @@ class _Check:
 
 def _stage(bundle: Bundle, stage: Stage, check: _Check) -> dict[str, Any]:
     record = stage.record
-    stale = False
-    if record.source_stage in bundle.stages(stage.component):
-        stale = bundle.stage(stage.component, record.source_stage).digest != record.source
     return {
         "name": stage.name,
         "file": str(stage.path.relative_to(bundle.path)),
         "digest": stage.digest,
         "made_from": record.source_stage or "the checkpoint",
-        "stale": stale,
+        "stale": bundle.is_stale(stage),
         "dtype": record.dtype,
         "history": [step.spec for step in record.history],
         "versions": record.versions,

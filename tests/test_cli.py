@@ -16,6 +16,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from sdopt import modelfile, registry
 from sdopt.cli import main
+from tests.bench.planted import report as planted
 from tests.test_bundle import make_bundle
 from tests.test_requirements import block, norms
 
@@ -64,6 +65,7 @@ COMMANDS = [
     "optimize",
     "build",
     "run",
+    "bench",
     "compare",
     "precision",
     "inspect",
@@ -107,6 +109,8 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("no_file", ("adopt", "nowhere.onnx", "-o", "out")),
         ("no_hooks", ("compare", "b", "b", "--hooks", "nowhere.py")),
         ("no_prompt", ("run", "b")),
+        ("no_stage_to_bench", ("bench", "b", "--stage", "optimised")),
+        ("nothing_built_to_bench", ("bench", "b", "--target", "trt_rtx:dtype=fp16")),
     ],
 )
 def test_errors_say_what_where_why_and_what_to_do(
@@ -215,6 +219,41 @@ def test_a_stage_whose_source_changed_is_called_stale(sdopt: Shell, tmp_path: Pa
     sdopt("optimize", "b", "--from", "optimized", "--stage", "half", "--passes", "cast_fp16")
     sdopt("optimize", "b", "--passes", "cast_fp16:keep=io")
     assert "STALE" in sdopt("inspect", "b")[1]
+
+
+def test_bench_prints_what_it_found(
+    sdopt: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdopt import api
+
+    given: dict[str, object] = {}
+    monkeypatch.setattr(api, "bench", lambda _, **options: given.update(options) or planted())
+    words = ("bench", "b", "--stage", "model", "--stage", "fast")
+    check_golden("bench", words, sdopt(*words))
+    assert given["stages"] == ["model", "fast"]
+    assert given["targets"] == ["ort"]
+    assert given["command"] == "sdopt bench b --stage model --stage fast"
+    more = (
+        "-t",
+        "trt",
+        "-c",
+        "unet",
+        "--warmup",
+        "2",
+        "--dim",
+        "tokens=5",
+        "-p",
+        "a b",
+        "--image",
+    )
+    code, out, err = sdopt(*words, *more, "--json", "--html", "page.html")
+    assert (code, err) == (0, "the page is page.html\n")
+    assert json.loads(out) == json.loads(json.dumps(planted().to_json()))
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    wanted = {"targets": ["trt"], "components": ["unet"], "warm_up": 2, "dims": {"tokens": 5}}
+    wanted |= {"prompts": ["a b"], "images": True, "memory": True}
+    assert wanted.items() <= given.items()
+    assert sdopt(*words, "--dim", "tokens=1..5")[0] == 2
 
 
 def test_passes_lists_them_and_shows_a_page(sdopt: Shell) -> None:

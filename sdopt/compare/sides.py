@@ -156,7 +156,7 @@ def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Op
         origin=record.origin if record else None,
         history=tuple(s for s in record.history if s.changed) if record else (),
         dtypes=frozenset(_float_types(model)),
-        vocabularies=_vocabularies(model),
+        vocabularies=vocabularies(model),
         sizes={"sequence_length": limit} if limit else {},
         inside=lambda: InsideGraphs(path),
     )
@@ -229,7 +229,7 @@ def _float_types(model: ir.Model) -> set[str]:
 _PASSING = ("Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "Flatten")
 
 
-def _vocabularies(model: ir.Model) -> dict[str, int]:
+def vocabularies(model: ir.Model) -> dict[str, int]:
     """Rows of the embedding table that each integer input picks from."""
     found = {}
     for value in (v for one in companions.family(model) for v in one.graph.inputs):

@@ -95,7 +95,7 @@ def assemble(
             where=str(bundle.path / INDEX),
             hint=f"it runs {runner.text_to_image or runner.inpaint}",
         )
-    cls = _pipeline_class(name)
+    cls = pipeline_class(name)
     from sdopt.runtime import schedulers
     from sdopt.runtime.components import TextEncoder, Vae
     from sdopt.runtime.control import ControlNet
@@ -117,7 +117,7 @@ def assemble(
     sessions = {name: session(devices[0], name) for name in stages}
     main = stages[runner.denoiser]
     halves = [sessions[runner.denoiser], *(session(one, runner.denoiser) for one in devices[1:])]
-    denoiser = on_halves(halves, halved=_is_halved(main), where=str(main.path))
+    denoiser = on_halves(halves, halved=is_halved(main), where=str(main.path))
     return cls(
         vae=Vae(
             sessions["vae_decoder"], sessions.get("vae_encoder"), bundle.config("vae_decoder")
@@ -143,12 +143,17 @@ def assemble(
     )
 
 
-def _is_halved(stage: Stage) -> bool:
+def is_halved(stage: Stage) -> bool:
     """Whether the stage went through ``cfg_parallel``."""
     return any(spec.parse(step.spec)[0].name == "cfg_parallel" for step in stage.record.history)
 
 
-def _pipeline_class(name: str) -> Any:
+def pipeline_class(name: str) -> Any:
+    """One of diffusers' classes.
+
+    Raises:
+        MissingDependencyError: diffusers or transformers is not installed.
+    """
     try:
         with quiet():
             return getattr(importlib.import_module("diffusers"), name)

@@ -94,6 +94,10 @@ class TensorRtTarget(Target):
         found = {p: metadata.version(p) for p in self.packages.values() if _installed(p)}
         return found | ({"gpu": gpu} if found and (gpu := self.card()) else {})
 
+    def cuda_device(self) -> int:
+        """The first card: ``open`` takes that."""
+        return 0
+
     def card(self) -> str:
         """The card that the engine is made for, if that is the machine's own."""
         return ""

@@ -171,6 +171,10 @@ class Target(abc.ABC):
         """Name and version of the compiler that ``compile`` would run; empty if there is none."""
         return {}
 
+    def cuda_device(self) -> int | None:
+        """The NVIDIA card that sessions compute on, by CUDA's number; None for anything else."""
+        return None
+
     @abc.abstractmethod
     def open(self, path: Path, *, optimize: bool = True) -> Session:
         """Open an ONNX file; ``optimize=False`` computes node by node, as comparisons want.

@@ -114,6 +114,10 @@ class Ort(Target):
             hint="--device cpu,cpu, or a number with --target ort:provider=cuda",
         )
 
+    def cuda_device(self) -> int | None:
+        """The number of the card with ``provider=cuda``."""
+        return self.device if self.provider == "cuda" else None
+
     def check_available(self) -> None:
         """See that onnxruntime is installed, and has the provider.
 
