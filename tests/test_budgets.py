@@ -140,6 +140,21 @@ def test_quantizing_3_gib_of_weights_stays_under_300_mib(three_gib: Path) -> Non
     assert kinds.count(ir.DataType.INT4) == kinds.count(ir.DataType.FLOAT) == LAYERS
 
 
+def test_looking_into_3_gib_of_weights_stays_under_1_gib(three_gib: Path) -> None:
+    """A piece of the graph is in memory, 256 MiB of weights and what it makes of them."""
+    code = (
+        "import json, sys\n"
+        "from sdopt.compare import compare_layers\n"
+        "(found,) = compare_layers(sys.argv[1], sys.argv[1])\n"
+        "lines = open('/proc/self/status').read().splitlines()\n"
+        "peak = next(int(l.split()[1]) for l in lines if l.startswith('VmHWM')) * 1024\n"
+        "print(json.dumps([peak, [one.error for one in found.layers]]))\n"
+    )
+    peak, errors = json.loads(python("-c", code, str(three_gib)).stdout)
+    assert errors == [0.0] * LAYERS
+    assert peak < 1 << 30
+
+
 def test_copying_keeps_holes(three_gib: Path, tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()

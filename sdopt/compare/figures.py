@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+_BLOCK = 1 << 20
+"""Elements that are widened to float64 at a time."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -49,29 +52,66 @@ class Figures:
 
 
 def figures(name: str, a: np.ndarray, b: np.ndarray) -> Figures:
-    """Measure ``a`` against ``b``, two arrays of one shape, in float64."""
-    left, right = a.astype(np.float64).reshape(-1), b.astype(np.float64).reshape(-1)
-    counts: dict[str, Any] = {
-        "nan_a": int(np.isnan(left).sum()),
-        "nan_b": int(np.isnan(right).sum()),
-        "inf_a": int(np.isinf(left).sum()),
-        "inf_b": int(np.isinf(right).sum()),
-    }
+    """Measure ``a`` against ``b``, two arrays of one shape, in float64, a block at a time."""
     shape = tuple(int(size) for size in a.shape)
-    if any(counts.values()) or not left.size:
-        nothing = 0.0 if not left.size else float("nan")
+    sums = _Sums()
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    for start in range(0, flat_a.size, _BLOCK):
+        sums.add(flat_a[start : start + _BLOCK], flat_b[start : start + _BLOCK])
+    counts: dict[str, Any] = {
+        "nan_a": sums.nan_a,
+        "nan_b": sums.nan_b,
+        "inf_a": sums.inf_a,
+        "inf_b": sums.inf_b,
+    }
+    if any(counts.values()) or not a.size:
+        nothing = 0.0 if not a.size else float("nan")
         return Figures(name, shape, nothing, nothing, nothing, nothing, **counts)
-    gap = left - right
-    size_a, size_b, size_gap = (float(np.linalg.norm(one)) for one in (left, right, gap))
+    size_a, size_b, size_gap = (math.sqrt(one) for one in (sums.aa, sums.bb, sums.gap))
     return Figures(
         name,
         shape,
-        max_abs=float(np.abs(gap).max()),
+        max_abs=sums.max_abs,
         relative_l2=_ratio(size_gap, size_b),
-        cosine=_cosine(left, right, size_a, size_b),
-        psnr_db=_psnr(right, size_gap),
+        cosine=_cosine(sums.ab, size_a, size_b),
+        psnr_db=_psnr(sums.high - sums.low, size_gap / math.sqrt(a.size)),
         **counts,
     )
+
+
+@dataclass
+class _Sums:
+    """What is summed over the elements of two arrays; without meaning once one is not finite."""
+
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    gap: float = 0.0
+    max_abs: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+    nan_a: int = 0
+    nan_b: int = 0
+    inf_a: int = 0
+    inf_b: int = 0
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Count a block of both."""
+        left, right = a.astype(np.float64), b.astype(np.float64)
+        self.nan_a += int(np.isnan(left).sum())
+        self.nan_b += int(np.isnan(right).sum())
+        self.inf_a += int(np.isinf(left).sum())
+        self.inf_b += int(np.isinf(right).sum())
+        if self.nan_a or self.nan_b or self.inf_a or self.inf_b:
+            return
+        gap = left - right
+        self.aa += float(left @ left)
+        self.bb += float(right @ right)
+        self.ab += float(left @ right)
+        self.gap += float(gap @ gap)
+        self.max_abs = max(self.max_abs, float(np.abs(gap).max()))
+        self.low = min(self.low, float(right.min()))
+        self.high = max(self.high, float(right.max()))
 
 
 def figures_of_any(name: str, a: np.ndarray, b: np.ndarray) -> Figures:
@@ -93,18 +133,16 @@ def _ratio(gap: float, reference: float) -> float:
     return gap / reference if reference else float("inf")
 
 
-def _cosine(a: np.ndarray, b: np.ndarray, size_a: float, size_b: float) -> float:
+def _cosine(product: float, size_a: float, size_b: float) -> float:
     if not size_a or not size_b:
         return 1.0 if size_a == size_b else 0.0
-    return float(np.clip(np.dot(a / size_a, b / size_b), -1.0, 1.0))
+    return min(1.0, max(-1.0, product / (size_a * size_b)))
 
 
-def _psnr(reference: np.ndarray, size_gap: float) -> float:
-    if size_gap == 0:
+def _psnr(spread: float, root_mean_square: float) -> float:
+    if root_mean_square == 0:
         return float("inf")
-    spread = float(reference.max() - reference.min())
-    root_mean_square = size_gap / float(np.sqrt(reference.size))
-    return 20 * float(np.log10(spread / root_mean_square)) if spread else float("-inf")
+    return 20 * math.log10(spread / root_mean_square) if spread else float("-inf")
 
 
 def plain(data: Any) -> Any:

@@ -154,7 +154,11 @@ def _values(model: ir.Model) -> dict[str, ir.Value]:
         value.name: value
         for node in model.graph
         for value in node.outputs
-        if value.name and value.dtype is not None and _is_float(value) and node.op_type != "Cast"
+        if value.name
+        and value.dtype is not None
+        and _is_float(value)
+        and node.op_type != "Cast"
+        and not _is_of_weights(node)
     }
 
 

@@ -23,7 +23,7 @@ Values = Mapping[str, np.ndarray]
 
 PIECE_NODES = 48
 """Nodes in a piece where values are looked at; their outputs are in memory at once."""
-PIECE_BYTES = 512 * 2**20
+PIECE_BYTES = 256 * 2**20
 """Bytes of weights in a piece, if more than one node reads them."""
 
 _COMPOUND = frozenset(

@@ -50,8 +50,8 @@ class Bisection:
         told: is given each trial.
 
     It begins with a guess if one is enough, else with whole blocks. Each block is measured alone
-    in half (all others kept), they are sorted by the error they make, and the shortest beginning of
-    that order is bisected with which the whole stays within the tolerance. What can be left out
+    in half (all others kept), they are sorted by the error they make, and the shortest beginning
+    of that order is bisected with which the whole stays within the tolerance. What can be left out
     one by one is; what is left is replaced by its parts where these do, and so on down to single
     modules.
     """
