@@ -208,7 +208,7 @@ def check_location(tensor: ir.ExternalTensor) -> None:
             why="a model may only read weights beside its own ONNX file",
             hint="put the data file beside the ONNX file and store its bare name as location",
         )
-    if not path.is_file():
+    if not os.path.isfile(os.path.join(folder, location)):  # a Path drops a slash at the end
         raise WeightsError(
             f"{tensor.name}: its external data file is missing",
             where=str(path),

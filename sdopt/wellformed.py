@@ -110,13 +110,15 @@ def check_sizes(model: ir.Model, where: str) -> None:
         BundleError: naming the first that does not.
     """
     for name, tensor in _tensors(model):
-        dims = tensor.shape.numpy()
-        if tensor.dtype == ir.DataType.UNDEFINED or len(dims) > _AXES or min(dims, default=0) < 0:
+        dims, dtype = tensor.shape.numpy(), _dtype(tensor)
+        texts = isinstance(tensor, ir.ExternalTensor) and dtype == ir.DataType.STRING
+        untyped = dtype == ir.DataType.UNDEFINED or texts  # text has no size in a data file
+        if untyped or len(dims) > _AXES or min(dims, default=0) < 0:
             shown = str(list(dims[:_AXES]))
             raise BundleError(
                 f"the tensor {name} is none: it has no type, or no shape that a tensor can have",
                 where=where,
-                why=f"its type is {tensor.dtype}, its shape {shown[:200]}",
+                why=f"its type is {dtype}, its shape {shown[:200]}",
                 hint="the file is damaged or was written by a faulty tool: export it again",
             )
         if isinstance(tensor, ir.StringTensor):
@@ -144,6 +146,14 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
                 if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
                     # as_tensor() asks isinstance of a Protocol, which asks the type for its size.
                     yield graph.module_path(node), attr.value
+
+
+def _dtype(tensor: ir.TensorProtocol) -> ir.DataType:
+    """A tensor's type; a number that stands for none is as good as no type."""
+    try:
+        return tensor.dtype
+    except ValueError:
+        return ir.DataType.UNDEFINED
 
 
 def _sizes(tensor: ir.TensorProtoTensor) -> tuple[int, int, str]:

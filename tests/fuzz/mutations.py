@@ -165,8 +165,10 @@ def in_onnx(random: Random, data: bytes) -> bytes:
                 return in_bytes(random, model.SerializeToString())
     found = model.SerializeToString()
     if random.randrange(20) == 0:  # text that is no UTF-8
-        name = model.graph.node[0].output[0].encode() if model.graph.node else b"x"
-        return found.replace(name, b"\xff" * len(name)) if name else in_bytes(random, found)
+        words = [word for node in model.graph.node for word in (*node.output, node.op_type)]
+        name = random.choice(words or ["x"])
+        if isinstance(name, str) and name:  # what is no UTF-8 comes as bytes
+            return found.replace(name.encode(), b"\xff" * len(name.encode()))
     return found
 
 
@@ -403,7 +405,7 @@ def packed(table: Mapping[str, Any], fill: bytes = b"\0") -> bytes:
     """A safetensors file of those names, dtypes and shapes, one after another, all of one byte."""
     end, made = 0, {}
     for name, one in table.items():
-        if not isinstance(one, dict) or "shape" not in one:
+        if not isinstance(one, dict) or not isinstance(one.get("shape"), list):
             made[name] = one
             continue
         count = SIZES.get(str(one.get("dtype")), 4)

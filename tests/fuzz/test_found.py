@@ -179,6 +179,16 @@ def without_type(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].data_type = 0
 
 
+def of_a_type_that_is_none(model: onnx.ModelProto) -> None:
+    attr = model.graph.node[0].attribute.add(name="t", type=onnx.AttributeProto.TENSOR)
+    attr.t.data_type = 9999
+
+
+def of_texts_elsewhere(model: onnx.ModelProto) -> None:
+    at_a_place("w.bin")(model)
+    model.graph.initializer[0].data_type = TensorProto.STRING
+
+
 def of_many_axes(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].dims[:] = [1] * 3000
 
@@ -218,8 +228,9 @@ def an_attribute_without_a_type(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        without_type, of_many_axes, of_a_negative_size, huge, fewer_texts, fewer_of_four_bits,
+        without_type, of_texts_elsewhere, of_a_type_that_is_none, of_many_axes, of_a_negative_size, huge, fewer_texts, fewer_of_four_bits,
         at_a_place("w\0"), at_a_place("w" * 5000), at_a_place("/dev/zero"), at_a_place("../x"),
+        at_a_place("w.bin/"),
         an_attribute_without_a_type,
     ],
 )  # fmt: skip
@@ -228,6 +239,7 @@ def test_a_tensor_that_is_none_is_refused(
 ) -> None:
     model = small()
     change(model)
+    (tmp_path / "w.bin").write_bytes(bytes(8))
     path = saved(tmp_path / "a.onnx", model)
     with pytest.raises((BundleError, WeightsError)):
         modelfile.load(path)
@@ -364,7 +376,7 @@ def test_an_alpha_that_is_none_is_refused(settings: dict[str, Any], tmp_path: Pa
         files.read(path)
 
 
-@pytest.mark.parametrize("gone", (0, 1, 2, 5, 6, 7, 8, 11, 12, 13))
+@pytest.mark.parametrize("gone", [0, 1, 2, 5, 6, 7, 8, 11, 12, 13])
 def test_a_checkpoint_without_one_of_its_tensors_is_refused_or_taken(
     gone: int, box: Sandbox
 ) -> None:
