@@ -165,6 +165,13 @@ def _named(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTen
 def _serialized(model: ir.Model, path: Path) -> bytes:
     try:
         return ir.to_proto(model).SerializeToString(deterministic=True)
+    except ir.serde.SerdeError as error:
+        raise BundleError(
+            "this graph holds something that can be read and not written",
+            where=str(path),
+            why=_innermost(error)[:400],
+            hint="correct what wrote the file that it came from",
+        ) from error
     except (EncodeError, ValueError) as error:
         raise WeightsError(
             "the graph itself passes protobuf's 2 GiB limit", where=str(path), why=str(error)

@@ -47,6 +47,8 @@ def refuse_what_would_be_lost(proto: onnx.ModelProto, where: str) -> None:
             UTF-8.
     """
     stack = [proto.graph]
+    _refuse_bytes((proto.producer_name, proto.producer_version, proto.domain), where)
+    _refuse_bytes((one.domain for one in proto.opset_import), where)
     _refuse_bytes((e.key for e in proto.metadata_props), where)
     _refuse_bytes((e.value for e in proto.metadata_props), where)
     for function in proto.functions:

@@ -246,9 +246,11 @@ def test_a_tensor_that_is_none_is_refused(
     assert box.call(100, modelfile.load, path) is None
 
 
-@pytest.mark.parametrize("name", [b"Reshape", b"x", b"y", b"w"])
+@pytest.mark.parametrize("name", [b"Reshape", b"x", b"y", b"w", b"ai.there"])
 def test_names_that_are_no_utf8_are_refused(name: bytes, tmp_path: Path) -> None:
-    data = small().SerializeToString()
+    model = small()
+    model.opset_import.add(domain="ai.there", version=1)
+    data = model.SerializeToString()
     path = tmp_path / "a.onnx"
     path.write_bytes(
         data.replace(bytes([len(name)]) + name, bytes([len(name)]) + b"\xff" * len(name))
