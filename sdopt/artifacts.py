@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdopt import datafile
+from sdopt import datafile, reading
 from sdopt.errors import storage_error
 
 CHUNK = 1 << 20
@@ -69,8 +69,7 @@ def recorded(path: Path) -> Artifact | None:
     if not path.is_file() or not record.is_file():
         return None
     try:
-        data = json.loads(record.read_text("utf-8"))
-        found = Artifact(**data)
+        found = Artifact(**reading.fields(Artifact, reading.table(record.read_bytes())))
     except (ValueError, TypeError):  # cut short or of another version: as if there were none
         return None
     return found if found.size == path.stat().st_size else None

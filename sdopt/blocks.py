@@ -26,6 +26,8 @@ Blocks = Iterator[np.ndarray]
 
 
 _RECIPE = "sdopt.recipe"
+_LONGEST = 255
+"""Characters of a file's name, as file systems have it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +192,12 @@ def check_location(tensor: ir.ExternalTensor) -> None:
     """
     location, folder = str(tensor.location), Path(tensor.base_dir or ".")
     path = folder / location
+    if "\0" in location or len(location) > _LONGEST:
+        raise WeightsError(
+            f"{tensor.name}: its external data lies in a file that nothing can be called",
+            where=repr(location[:80]),
+            hint="put the data file beside the ONNX file and store its bare name as location",
+        )
     inside = not os.path.isabs(location) and os.path.realpath(path).startswith(
         os.path.join(os.path.realpath(folder), "")
     )
@@ -200,7 +208,7 @@ def check_location(tensor: ir.ExternalTensor) -> None:
             why="a model may only read weights beside its own ONNX file",
             hint="put the data file beside the ONNX file and store its bare name as location",
         )
-    if not path.is_file():
+    if not os.path.isfile(os.path.join(folder, location)):  # a Path drops a slash at the end
         raise WeightsError(
             f"{tensor.name}: its external data file is missing",
             where=str(path),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sdopt import companions, datafile, modelfile
+from sdopt import companions, datafile, modelfile, reading
 from sdopt.errors import BundleError, UnknownNameError
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest, StageRecord
 from sdopt.spec import suggest
@@ -58,7 +58,7 @@ class Bundle:
         root = Path(path)
         file = root / MANIFEST
         if file.is_file():
-            return cls(root, Manifest.loads(file.read_text("utf-8"), str(file)))
+            return cls(root, Manifest.loads(_text(file), str(file)))
         if root.is_dir() and (manifest := _rebuild(root)) is not None:
             return cls(root, manifest)
         raise BundleError(
@@ -124,8 +124,21 @@ class Bundle:
             ) from None
 
     def folder(self, component: str) -> Path:
-        """The folder that a component's files lie in."""
-        return self.path / self.entry(component).folder
+        """The folder that a component's files lie in.
+
+        Raises:
+            BundleError: it is a link out of the bundle.
+        """
+        folder = self.path / self.entry(component).folder
+        root = os.path.join(os.path.realpath(self.path), "")
+        if not os.path.join(os.path.realpath(folder), "").startswith(root):
+            raise BundleError(
+                f"the folder of {component} is a link out of the bundle",
+                where=str(folder),
+                why="what is written into a bundle stays in it",
+                hint="put the folder itself there",
+            )
+        return folder
 
     def file(self, component: str, stage: str) -> Path:
         """The ONNX file of a stage, whether it exists or not."""
@@ -137,7 +150,7 @@ class Bundle:
         others = [e.prefix for e in self.manifest.components.values() if e.prefix != prefix]
         names = [
             path.stem.removeprefix(prefix)
-            for path in self.folder(component).glob(f"{prefix}*.onnx")
+            for path in self.folder(component).glob(f"{glob.escape(prefix)}*.onnx")
             if not any(p and path.name.startswith(p) for p in others)
             and not companions.is_file_name(path.name)
         ]
@@ -180,9 +193,23 @@ class Bundle:
         return self.stage(component, source).digest != stage.record.source
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's ``config.json`` as a dict, empty if there is none."""
+        """The component's ``config.json`` as a dict, empty if there is none.
+
+        Raises:
+            BundleError: it cannot be read or holds no table.
+        """
         path = self.folder(component) / "config.json"
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return reading.table(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise BundleError(
+                f"the configuration of {component} cannot be read",
+                where=str(path),
+                why=str(error),
+                hint="export the component again, or restore the file",
+            ) from error
 
     def commit(self, model: ir.Model, record: StageRecord) -> tuple[Stage, int]:
         """Write a stage; returns it and the bytes of new weights.
@@ -198,6 +225,11 @@ class Bundle:
         modelfile.remove_orphans(path)
         stage = Stage(record.component, record.stage, path, saved.digest, record)
         return stage, saved.bytes_written
+
+
+def _text(path: Path) -> str:
+    """What is no UTF-8 in a manifest is no JSON either, and read_object says so."""
+    return path.read_bytes().decode("utf-8", "replace")
 
 
 def read_record(path: Path) -> StageRecord | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sdopt import reading
 from sdopt.errors import BundleError
 from sdopt.manifest import read_object
 
@@ -71,7 +72,7 @@ class Entry:
     def __post_init__(self) -> None:
         """Refuse a schedule that is none, and a file elsewhere, which only a forged plan names."""
         Schedule(self.schedule)
-        if self.file and not is_file_name(self.file):
+        if not isinstance(self.name, str) or (self.file and not is_file_name(self.file)):
             raise ValueError(f"{self.file!r} is no companion's file name")
 
 
@@ -116,13 +117,17 @@ class Plan:
                 )
                 for one in data["graphs"]
             )  # fmt: skip
+            if not all(one.file for one in graphs) or len({g.name for g in graphs}) < len(graphs):
+                raise ValueError("a companion without a file, or two of one name")  # noqa: TRY301
+            plain = {key: value for key, value in data.items() if key != "graphs"}
+            found = reading.fields(cls, plain)
             return cls(
-                inputs=tuple(data["inputs"]),
-                outputs=tuple(data["outputs"]),
+                inputs=tuple(found["inputs"]),
+                outputs=tuple(found["outputs"]),
                 graphs=graphs,
-                sizes={key: (name, int(axis)) for key, (name, axis) in data["sizes"].items()},
-                clock=data["clock"],
-                same=tuple(data["same"]),
+                sizes={key: (name, axis) for key, (name, axis) in found["sizes"].items()},
+                clock=found["clock"],
+                same=tuple(found["same"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from sdopt import reading
 from sdopt.errors import BundleError
 
 SCHEMA = 1
 """Raised whenever an older sdopt could misread what a newer one wrote."""
 
 RECORD_KEY = "sdopt.record"
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+_FILE_NAME = re.compile(r"[^\0/]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Step:
     @classmethod
     def of(cls, data: dict[str, Any]) -> Step:
         """A step from the JSON object of a record; one of an older sdopt has no digests."""
-        return cls(**{**_known(cls, data), "reads": tuple(data.get("reads", ()))})
+        found = reading.fields(cls, data)
+        return cls(**{**found, "reads": tuple(found.get("reads", ()))})
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class StageRecord:
         data = read_object(text, where)
         try:
             history = tuple(map(Step.of, data.pop("history")))
-            return cls(**_known(cls, data), history=history)
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(**reading.fields(cls, data), history=history)
+        except (KeyError, TypeError) as error:
             raise _unreadable(where, error) from error
 
 
@@ -89,6 +95,8 @@ class ComponentEntry:
         parts = PurePosixPath(self.folder).parts
         if ".." in parts or self.folder.startswith("/") or "/" in self.prefix:
             raise ValueError(f"the folder {self.folder!r} leaves the bundle")
+        if not all(_FILE_NAME.fullmatch(part) for part in (*parts, f"{self.prefix}x")):
+            raise ValueError(f"no folder is called {self.folder[:80]!r}, or no file so")
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,11 @@ class Manifest:
     components: dict[str, ComponentEntry]
     sdopt: str = ""
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        """Refuse components whose names are none: ``pack`` calls their folders so."""
+        if wrong := [name for name in self.components if not _NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0][:80]!r} is no name of a component")
 
     def dumps(self) -> str:
         """The manifest as indented JSON."""
@@ -115,10 +128,10 @@ class Manifest:
         data = read_object(text, where)
         try:
             entries = {
-                name: ComponentEntry(**_known(ComponentEntry, entry))
+                name: ComponentEntry(**reading.fields(ComponentEntry, entry))
                 for name, entry in data.pop("components").items()
             }
-            return cls(**_known(cls, data), components=entries)
+            return cls(**reading.fields(cls, data), components=entries)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _unreadable(where, error) from error
 
@@ -126,24 +139,20 @@ class Manifest:
 def read_object(text: str, where: str) -> dict[str, Any]:
     """JSON text as a dict, its schema number checked before anything else is believed."""
     try:
-        data = json.loads(text)
-        schema = data.get("schema", 0)
-    except (json.JSONDecodeError, AttributeError) as error:
+        data = reading.table(text)
+    except ValueError as error:
         raise _unreadable(where, error) from error
-    if not isinstance(schema, int) or schema > SCHEMA:
+    schema = data.get("schema", 0)
+    if not isinstance(schema, int):
+        raise _unreadable(where, TypeError(f"its schema is {str(schema)[:80]}"))
+    if schema > SCHEMA:
         raise BundleError(
             "this bundle was written by a newer sdopt",
             where=where,
             why=f"its schema is {schema}; this sdopt reads up to {SCHEMA}",
             hint="upgrade: pip install -U sdopt",
         )
-    return dict(data)
-
-
-def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    """Only the fields that ``cls`` has: a patch release may add fields without a new schema."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {key: value for key, value in data.items() if key in names}
+    return data
 
 
 def _unreadable(where: str, error: Exception) -> BundleError:

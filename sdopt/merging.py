@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sdopt.errors import SourceError, UsageError
 from sdopt.exporters.source import Exported, Source
 from sdopt.passes.base import Role
 from sdopt.passes.lora import Lora
 from sdopt.pipeline import Pipeline, RunContext
+from sdopt.reading import user_path
 from sdopt.report import PassReport, Progress
 from sdopt.safetensors_header import read_header
 
@@ -58,7 +58,7 @@ class Merge:
             return
         width = source.config("unet").get("cross_attention_dim")
         for one in self.passes:
-            entries, _ = read_header(Path(one.file).expanduser())
+            entries, _ = read_header(user_path(one.file))
             widths = {e.shape[1] for n, e in entries.items() if _CROSS.search(n) and e.shape[1:]}
             if widths and width not in widths:
                 raise SourceError(
@@ -84,7 +84,7 @@ class Merge:
 
 def _parse(text: str) -> Lora:
     file, colon, scale = text.rpartition(":")
-    if not colon or Path(text).expanduser().is_file():
+    if not colon or user_path(text).is_file():
         return Lora(text)
     try:
         value = float(scale)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import EncodeError
 
 from sdopt import companions, datafile, origins, wellformed
 from sdopt.errors import BundleError, WeightsError
@@ -72,17 +72,7 @@ def _load_one(path: Path, missing: str, hint: str | None) -> ir.Model:
 
 
 def _parsed(path: Path, missing: str, hint: str | None) -> ir.Model:
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except FileNotFoundError as error:
-        raise BundleError(missing, where=str(path), hint=hint) from error
-    except (DecodeError, ValueError, TypeError, KeyError) as error:
-        raise BundleError(
-            "this is not an ONNX file, or it is cut short",
-            where=str(path),
-            why=str(error),
-            hint="export or copy it again",
-        ) from error
+    proto = wellformed.read(path, missing, hint)
     wellformed.refuse_what_would_be_lost(proto, str(path))
     try:
         model = ir.from_proto(proto)
@@ -90,7 +80,7 @@ def _parsed(path: Path, missing: str, hint: str | None) -> ir.Model:
         raise BundleError(
             "this file holds no valid graph",
             where=str(path),
-            why=_innermost(error),
+            why=_innermost(error)[:400],
             hint="export it again, or correct what wrote it",
         ) from error
     ir.external_data.set_base_dir(model.graph, path.parent)
@@ -175,6 +165,13 @@ def _named(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTen
 def _serialized(model: ir.Model, path: Path) -> bytes:
     try:
         return ir.to_proto(model).SerializeToString(deterministic=True)
+    except ir.serde.SerdeError as error:
+        raise BundleError(
+            "this graph holds something that can be read and not written",
+            where=str(path),
+            why=_innermost(error)[:400],
+            hint="correct what wrote the file that it came from",
+        ) from error
     except (EncodeError, ValueError) as error:
         raise WeightsError(
             "the graph itself passes protobuf's 2 GiB limit", where=str(path), why=str(error)

@@ -25,6 +25,8 @@ ORIGINS_KEY = "sdopt.origins"
 
 SCHEMA = 1
 _KNOWN = "sdopt.origins"
+_DEEPEST = 100
+"""Operations within one another: a stage of a stage of a stage adds a few each."""
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,14 @@ def _loads(text: str, model: ir.Model, where: str) -> Table:
     table = read_object(text, where).get("weights")
     found: dict[str, Origin] = {}
     try:
+        if not isinstance(table, dict):
+            raise TypeError("it has no table of weights")  # noqa: TRY301
         for value in _initializers(model):
             name = value.name or ""
-            if value.const_value is None or name not in table:  # type: ignore[operator]
+            if value.const_value is None or name not in table:
                 continue
             shape = tuple(int(size) for size in value.const_value.shape.numpy())
-            found[name] = _of_json(table[name], name, shape)  # type: ignore[index]
+            found[name] = _of_json(table[name], name, shape)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
             "the record of where its weights came from cannot be read",
@@ -243,17 +247,27 @@ def _to_json(origin: Origin, top: bool = False) -> object:
             return {"how": how, "of": [_to_json(one) for one in of], **dict(options)}
 
 
-def _of_json(data: Any, name: str, shape: tuple[int, ...]) -> Origin:
+def _of_json(data: Any, name: str, shape: tuple[int, ...], deep: int = 0) -> Origin:
+    if deep > _DEEPEST:
+        raise ValueError("it is nested too deep")
     if data is True:
         return Leaf(name, shape)
     if data is None:
         return Constant(shape)
     if "weight" in data:
-        return Leaf(str(data["weight"]), _frozen(data["shape"]), bool(data.get("inputs_first")))
+        return Leaf(str(data["weight"]), _sizes(data["shape"]), bool(data.get("inputs_first")))
     if "constant" in data:
-        return Constant(_frozen(data["constant"]))
+        return Constant(_sizes(data["constant"]))
     options = tuple((k, _frozen(v)) for k, v in data.items() if k not in ("how", "of"))
-    return Made(str(data["how"]), tuple(_of_json(one, "", ()) for one in data["of"]), options)
+    operands = tuple(_of_json(one, "", (), deep + 1) for one in data["of"])
+    return Made(str(data["how"]), operands, options)
+
+
+def _sizes(data: Any) -> tuple[int, ...]:
+    """A shape, which holds nothing but sizes."""
+    if not all(type(size) is int and size >= 0 for size in data):
+        raise ValueError(f"{str(data)[:80]} is no shape")
+    return tuple(data)
 
 
 def _frozen(data: Any) -> Any:

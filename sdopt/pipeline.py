@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from sdopt import companions, graph, modelfile, registry, spec
-from sdopt.errors import PassError, SdoptError, SpecError, UnknownNameError
+from sdopt.errors import BundleError, PassError, SdoptError, SpecError, UnknownNameError
 from sdopt.fingerprint import fingerprint
 from sdopt.manifest import Step
 from sdopt.passes.base import Pass, PassContext, Reach, Role
@@ -43,7 +43,7 @@ class Pipeline:
             UnknownNameError: an unknown pass or preset, with a caret and the nearest names.
         """
         if text.endswith((".recipe", ".txt")):
-            text = _read_recipe(Path(text))
+            text = spec.read_recipe(Path(text))
         passes = tuple(_expand(spec.parse(text), text))
         _check_order(passes, text)
         return cls(passes)
@@ -79,8 +79,10 @@ class Pipeline:
         """Apply each pass, checking the graph between them; returns one report per pass.
 
         Raises:
+            BundleError: the graph is not valid ONNX to begin with.
             PassError: a pass failed or broke an invariant; names it and the ones before it.
         """
+        _refuse_invalid(model, ctx.component)
         reports: list[PassReport] = []
         for index, one in enumerate(self.passes):
             part(ctx.progress, index, len(self.passes))(str(one), 0.0)
@@ -109,6 +111,20 @@ class RunContext:
     seed: int = 0
     target: str | None = None
     progress: Progress | None = None
+
+
+def _refuse_invalid(model: ir.Model, component: str) -> None:
+    """Refuse a graph that onnx's checker refuses, before a pass is blamed for it."""
+    for one in companions.family(model):
+        try:
+            modelfile.check(one, graph.vendor_ops(one))
+        except (onnx.checker.ValidationError, RuntimeError, ValueError, TypeError) as error:
+            raise BundleError(
+                "this graph is not valid ONNX, so no pass is run on it",
+                where=component,
+                why=f"onnx's checker says: {str(error)[:400]}",
+                hint="export it again, or correct what wrote it",
+            ) from error
 
 
 def _run_one(one: Pass, model: ir.Model, run: RunContext) -> PassReport:
@@ -279,12 +295,3 @@ def _check_order(passes: tuple[Pass, ...], text: str) -> None:
                     where=text,
                     hint=f"move {earlier} in front of {one.name()}",
                 )
-
-
-def _read_recipe(path: Path) -> str:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise SpecError("the recipe cannot be read", where=str(path), why=str(error)) from error
-    parts = (line.split("#", 1)[0].strip().rstrip(",") for line in lines)
-    return ",".join(part for part in parts if part)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sdopt import datafile
+from sdopt import datafile, reading
 from sdopt.errors import BundleError, storage_error
 from sdopt.manifest import read_object
 
@@ -26,6 +28,8 @@ FOLDER = "recorded"
 INDEX = "index.json"
 HOW = "record some: sdopt record BUNDLE --prompts FILE --steps N"
 
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError)
+"""What zipfile says of archives that are damaged, of a later version, or encrypted."""
 _SCHEMA = 1
 _DIGITS = 16
 
@@ -100,12 +104,14 @@ class Recording:
         """
         path = self.folder / sample.file
         try:
+            if os.path.realpath(path) != os.path.join(os.path.realpath(self.folder), sample.file):
+                raise ValueError("it is a link to another file")  # noqa: TRY301
             data = path.read_bytes()
             if digest_of(data) != sample.digest:
                 raise ValueError("its bytes are not those that were recorded")  # noqa: TRY301
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in sample.inputs}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                return {name: _array(archive, name) for name in sample.inputs}
+        except (OSError, ValueError, KeyError, *_ZIP_ERRORS) as error:
             raise BundleError(
                 "a recorded sample cannot be read", where=str(path), why=str(error), hint=HOW
             ) from error
@@ -135,9 +141,12 @@ def open_recording(path: str | Path) -> Recording:
     data = read_object(_read(index).decode("utf-8", "replace"), str(index))
     try:
         samples = tuple(_sample(one) for one in data["samples"])
-        origins = {name: Origin(**one) for name, one in data["origins"].items()}
-        return Recording(index.parent, data["key"], data["settings"], origins, samples)
-    except (KeyError, TypeError, ValueError) as error:
+        origins = {
+            name: Origin(**reading.fields(Origin, one)) for name, one in data["origins"].items()
+        }
+        key, settings = str(data["key"]), dict(data["settings"])
+        return Recording(index.parent, key, settings, origins, samples)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(
             "this is no index of recorded samples", where=str(index), why=str(error), hint=HOW
         ) from error
@@ -194,7 +203,7 @@ class Writer:
 
 
 def _index(path: str | Path) -> Path:
-    place = Path(path).expanduser()
+    place = reading.user_path(path)
     return place if place.name == INDEX else place / INDEX
 
 
@@ -211,8 +220,32 @@ def _read(index: Path) -> bytes:
 
 
 def _sample(data: dict[str, Any]) -> Sample:
-    inputs = {name: (str(kind), tuple(shape)) for name, (kind, shape) in data["inputs"].items()}
-    one = Sample(**{**data, "inputs": inputs})
-    if Path(one.file).name != one.file:
+    found = reading.fields(Sample, data)
+    inputs = {name: (kind, tuple(shape)) for name, (kind, shape) in found["inputs"].items()}
+    one = Sample(**{**found, "inputs": inputs})
+    if Path(one.file).name != one.file or "\0" in one.file:
         raise ValueError(f"the file {one.file!r} leaves the folder")
     return one
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of an ``.npz`` as ``Writer`` makes them, which allocates no more than is there.
+
+    ``numpy.load`` allocates what a header claims before it reads, and inflates without limit.
+
+    Raises:
+        ValueError: it was made otherwise, or is cut short.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    stream = io.BytesIO(archive.read(info))
+    version = np.lib.format.read_magic(stream)
+    headers = np.lib.format
+    read = headers.read_array_header_1_0 if version == (1, 0) else headers.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    left = len(stream.getbuffer()) - stream.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != left:
+        raise ValueError(f"{name} holds {left} bytes, its header says {shape} of {dtype}")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)

@@ -39,6 +39,10 @@ _DTYPES = {
     "U8": ir.DataType.UINT8,
     "BOOL": ir.DataType.BOOL,
 }
+_AXES = 32
+"""Of a tensor at most; no network has more."""
+_MOST = 1 << 63
+"""What a size is less than, as in every tool that reads the format."""
 _AGAIN = "download or copy the file again"
 
 
@@ -121,7 +125,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
         table = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also a UnicodeDecodeError
-        raise broken(path, f"its JSON cannot be read ({error})") from None
+        raise broken(path, f"its JSON cannot be read ({str(error)[:200]})") from None
     if not isinstance(table, dict):
         raise broken(path, "its JSON is no table")
     return table
@@ -135,8 +139,9 @@ def _entry(name: str, item: object, path: Path, base: int) -> Entry:
             raise broken(path, f"the tensor {name} lacks a dtype, shape or data_offsets")
     if kind not in _DTYPES:
         raise broken(path, f"the tensor {name} has the dtype {kind}", hint="save it as fp16")
-    if not all(type(dim) is int and dim >= 0 for dim in shape) or not 0 <= begin <= end:
-        raise broken(path, f"the tensor {name} has a bad shape or offsets: {item}")
+    fits = all(type(dim) is int and 0 <= dim < _MOST for dim in shape) and len(shape) <= _AXES
+    if not fits or not 0 <= begin <= end:
+        raise broken(path, f"the tensor {name} has a bad shape or offsets: {str(item)[:200]}")
     due = math.prod(shape) * _DTYPES[kind].itemsize
     if end - begin != due:
         raise broken(path, f"the tensor {name} has {end - begin} bytes, {shape} needs {due}")

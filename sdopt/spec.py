@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sdopt.errors import SpecError
@@ -91,15 +92,15 @@ def _split(text: str, start: int, end: int, mark: str) -> list[tuple[int, int]]:
 def _item(text: str, start: int, end: int) -> Item:
     head, *rest = _split(text, start, end, ":")
     name, value = _pair(text, head)
-    options: list[tuple[str, Parts]] = []
+    options: dict[str, Parts] = {}
     for span in rest:
         key, parts = _pair(text, span)
         if parts is None:
             raise pointed("an option without a value", text, span, hint=f"write {key}=VALUE")
-        if key in dict(options):
+        if key in options:
             raise pointed(f"the option {key} is given twice", text, span)
-        options.append((key, parts))
-    return Item(name, value, tuple(options), (start, end), text)
+        options[key] = parts
+    return Item(name, value, tuple(options.items()), (start, end), text)
 
 
 def _pair(text: str, span: tuple[int, int]) -> tuple[str, Parts | None]:
@@ -135,6 +136,25 @@ def _quote(part: str) -> str:
     raise SpecError(
         "a value cannot hold both kinds of quote", where=part, hint="use a recipe file or the API"
     )
+
+
+def read_recipe(path: Path) -> str:
+    """The spec in a recipe file: its lines joined, without what stands behind ``#``.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in the path
+        raise SpecError(
+            "the recipe cannot be read",
+            where=str(path)[:200],
+            why=str(error)[:200],
+            hint="a recipe is a text file that ends in .recipe or .txt",
+        ) from error
+    parts = (line.split("#", 1)[0].strip().rstrip(",") for line in lines)
+    return ",".join(part for part in parts if part)
 
 
 def snake_case(name: str) -> str:

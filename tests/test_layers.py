@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "sdopt"
 
 LAYERS = (
     ("errors",),
-    ("spec", "manifest", "shapes"),
+    ("reading", "spec", "shapes"),
+    ("manifest",),
     ("blocks",),
     ("weights",),
     ("graph", "datafile", "session", "safetensors_header", "companions", "origins"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdopt import reading
 from sdopt.errors import WeightsError
 from sdopt.safetensors_header import Entry, read_header
 
@@ -160,20 +160,22 @@ def _place(path: str) -> tuple[Part, str]:
 
 def _settings(path: Path, header: bytes) -> Mapping[str, Any]:
     """PEFT's configuration, from the header (diffusers 0.35 on) or the file that PEFT writes."""
-    inside = (json.loads(header).get("__metadata__") or {}).get("lora_adapter_metadata")
+    metadata = reading.table(header).get("__metadata__")
+    inside = metadata.get("lora_adapter_metadata") if isinstance(metadata, dict) else None
     beside = path.parent / "adapter_config.json"
     try:
         if isinstance(inside, str):
-            table = json.loads(inside)
+            return reading.table(inside)
         elif path.name == "adapter_model.safetensors" and beside.is_file():
-            table = json.loads(beside.read_bytes())
-        else:
-            return {}
-    except ValueError as error:
+            return reading.table(beside.read_bytes())
+    except (OSError, ValueError) as error:
         raise WeightsError(
-            "the adapter's configuration is not JSON", where=str(path), why=str(error)
+            "the adapter's configuration is not JSON",
+            where=str(path),
+            why=str(error),
+            hint="download or copy the file again",
         ) from error
-    return table if isinstance(table, dict) else {}
+    return {}
 
 
 def _ratio(settings: Mapping[str, Any], one: Adapter, path: Path) -> float:
@@ -188,10 +190,20 @@ def _ratio(settings: Mapping[str, Any], one: Adapter, path: Path) -> float:
     if setting("use_dora"):
         raise WeightsError("DoRA adapters cannot be merged", where=str(path))
     alpha, rank = setting("lora_alpha"), max(1, one.rank)
-    for pattern, value in (setting("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", one.path):
-            alpha = value
-            break
+    patterns = setting("alpha_pattern") or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", one.path):
+                alpha = value
+                break
+        wide = 1.0 if alpha is None else float(alpha)
+    except (AttributeError, OverflowError, TypeError, ValueError, re.error) as error:
+        raise WeightsError(
+            "the adapter's configuration has an alpha that is none",
+            where=str(path),
+            why=str(error),
+            hint="lora_alpha is a number, alpha_pattern a table of numbers by pattern",
+        ) from error
     if alpha is None:
         return 1.0
-    return float(alpha) / (math.sqrt(rank) if setting("use_rslora") else rank)
+    return wide / (math.sqrt(rank) if setting("use_rslora") else rank)

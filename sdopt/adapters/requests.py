@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdopt.adapters import files
 from sdopt.errors import UsageError
+from sdopt.reading import user_path
 
 Asked = str | Path | tuple[str | Path, float]
 """``FILE``, ``FILE:scale``, or both apart."""
@@ -58,13 +59,13 @@ def _parts(asked: Asked) -> tuple[Path, float]:
         path, scale = _split(str(asked))
     if not math.isfinite(scale):
         raise UsageError(f"the scale of an adapter must be a number, not {scale}", where=str(path))
-    return path.expanduser(), scale
+    return user_path(path), scale
 
 
 def _split(text: str) -> tuple[Path, float]:
     """``style.safetensors:0.8``; what stands behind the last colon is a scale or of the name."""
     name, colon, number = text.rpartition(":")
-    if not colon or Path(text).expanduser().is_file():
+    if not colon or user_path(text).is_file():
         return Path(text), 1.0
     try:
         return Path(name), float(number)

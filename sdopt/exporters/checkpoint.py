@@ -100,7 +100,12 @@ def _read_shards(index: Path) -> tuple[dict[str, Entry], dict[Path, bytes]]:
     headers: dict[Path, bytes] = {}
     entries: dict[str, Entry] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or file in ("", ".", "..")
+            or "\0" in file
+        ):
             raise broken(
                 index,
                 f"it points the tensor {name} at {file!r}, which is no file beside it",

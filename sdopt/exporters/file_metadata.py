@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdopt import reading
 from sdopt.errors import SourceError
 
 METADATA = "sdopt"
@@ -19,7 +19,7 @@ _FILE = re.compile(r"(tokenizer|tokenizer_2|scheduler)/\w[\w.-]*\.(json|txt)")
 
 def metadata_of(header: bytes) -> dict[str, Any]:
     """The metadata table of a safetensors header."""
-    found = json.loads(header).get("__metadata__")
+    found = reading.table(header).get("__metadata__")
     return found if isinstance(found, dict) else {}
 
 
@@ -47,11 +47,8 @@ def table_of(text: str, path: Path) -> dict[str, Any]:
         SourceError: it does not.
     """
     try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return reading.table(text)
+    except ValueError as error:
         raise SourceError(
             "the file's metadata holds broken JSON", where=str(path), why=str(error)
         ) from error
-    if not isinstance(table, dict):
-        raise SourceError("the file's metadata holds no table", where=str(path))
-    return table

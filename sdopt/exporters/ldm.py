@@ -34,12 +34,29 @@ def inside(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {n.removeprefix(prefix): shape for n, shape in shapes.items() if n.startswith(prefix)}
 
 
+def size(shapes: Shapes, name: str, axis: int) -> int:
+    """The size of one axis of a tensor.
+
+    Raises:
+        SourceError: the file lacks the tensor, or it has fewer axes.
+    """
+    shape = shapes.get(name)
+    if shape is None or len(shape) <= axis:
+        raise SourceError(
+            "this file lacks a part of what its other names promise",
+            where=name,
+            why="there is no such tensor" if shape is None else f"its shape is {list(shape)}",
+            hint="download the file again, or give the model's diffusers folder",
+        )
+    return shape[axis]
+
+
 def family_of(shapes: Shapes, hints: Mapping[str, Any]) -> str:
     """``sd1``, ``sd2``, ``sdxl`` or ``sdxl_refiner``: by the UNet alone, as encoders may lack."""
     unet = inside(shapes, UNET)
     if "label_emb.0.0.weight" in unet:
         numbers = 5 * hints.get("addition_time_embed_dim", 256)
-        alone = unet["label_emb.0.0.weight"][1] - numbers == _context(unet)
+        alone = size(unet, "label_emb.0.0.weight", 1) - numbers == _context(unet)
         return "sdxl_refiner" if alone else "sdxl"
     openclip = bool(inside(shapes, "cond_stage_model.model."))
     return "sd2" if openclip or _linear(unet) else "sd1"
@@ -68,8 +85,8 @@ def unet_config(
     up = [f"{'CrossAttnUp' if one else 'Up'}Block2D" for one in reversed(crossed)]
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": unet["input_blocks.0.0.weight"][1],
-        "out_channels": unet["out.2.weight"][0],
+        "in_channels": size(unet, "input_blocks.0.0.weight", 1),
+        "out_channels": size(unet, "out.2.weight", 0),
         "block_out_channels": widths,
         "layers_per_block": len(levels[0][1]),
         "down_block_types": down,
@@ -83,9 +100,9 @@ def unet_config(
         **known.unet,
     }
     if "label_emb.0.0.weight" in unet:
-        config["projection_class_embeddings_input_dim"] = unet["label_emb.0.0.weight"][1]
+        config["projection_class_embeddings_input_dim"] = size(unet, "label_emb.0.0.weight", 1)
     if TIME_COND in unet:
-        config["time_cond_proj_dim"] = unet[TIME_COND][1]
+        config["time_cond_proj_dim"] = size(unet, TIME_COND, 1)
     return {**config, **hints}
 
 
@@ -93,12 +110,12 @@ def vae_config(shapes: Shapes, known: Published, hints: Mapping[str, Any]) -> di
     """The configuration of AutoencoderKL out of names without their prefix."""
     blocks = _numbers(shapes, r"encoder\.down\.(\d+)\.block\.")
     layers = _numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
-    widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(blocks)]
+    widths = [size(shapes, f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(blocks)]
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "in_channels": size(shapes, "encoder.conv_in.weight", 1),
+        "out_channels": size(shapes, "decoder.conv_out.weight", 0),
+        "latent_channels": size(shapes, "decoder.conv_in.weight", 1),
         "block_out_channels": widths,
         "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * blocks,
@@ -122,24 +139,24 @@ def text_config(
     if "positional_embedding" in shapes:
         layers = _numbers(shapes, r"transformer\.resblocks\.(\d+)\.")
         names = ("token_embedding.weight", "positional_embedding")
-        inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
-        projected = shapes.get("text_projection", (0, 512))[1]
+        inner = size(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 0)
+        projected = size({"text_projection": (0, 512), **shapes}, "text_projection", 1)
         layers -= "text_projection" in shapes and not second
     else:
         root = "text_model." if any(n.startswith("text_model.") for n in shapes) else ""
         layers = _numbers(shapes, rf"{re.escape(root)}encoder\.layers\.(\d+)\.")
         start = f"{root}embeddings."
         names = (f"{start}token_embedding.weight", f"{start}position_embedding.weight")
-        inner = shapes[f"{root}encoder.layers.0.mlp.fc1.weight"][0]
-        projected = shapes[names[0]][1]
-    vocabulary, width = shapes[names[0]]
+        inner = size(shapes, f"{root}encoder.layers.0.mlp.fc1.weight", 0)
+        projected = size(shapes, names[0], 1)
+    vocabulary, width = (size(shapes, names[0], axis) for axis in (0, 1))
     return {
         "architectures": ["CLIPTextModelWithProjection" if second else "CLIPTextModel"],
         "model_type": "clip_text_model",
         "hidden_act": "gelu" if second else known.act,
         "hidden_size": width,
         "intermediate_size": inner,
-        "max_position_embeddings": shapes[names[1]][0],
+        "max_position_embeddings": size(shapes, names[1], 0),
         "num_attention_heads": max(1, width // 64),
         "num_hidden_layers": layers,
         "projection_dim": projected,
@@ -156,12 +173,12 @@ def _levels(unet: Shapes, where: str) -> list[tuple[int, list[int]]]:
         if f"input_blocks.{index}.0.op.weight" in unet:
             levels.append((0, []))
             continue
-        shape = unet.get(f"input_blocks.{index}.0.in_layers.2.weight")
-        if shape is None:
+        name = f"input_blocks.{index}.0.in_layers.2.weight"
+        if name not in unet:
             levels = []
             break
         depths = [*levels[-1][1], _depth(unet, f"input_blocks.{index}.1.")]
-        levels[-1] = (shape[0], depths)
+        levels[-1] = (size(unet, name, 0), depths)
     first, last = "input_blocks.0.0.weight", "out.2.weight"
     if not levels or not levels[-1][1] or first not in unet or last not in unet:
         raise SourceError(
@@ -180,14 +197,22 @@ def _depth(unet: Shapes, prefix: str) -> int:
 
 def _numbers(shapes: Shapes, pattern: str) -> int:
     """How many layers a name counts: one more than the highest number."""
-    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
+    found = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
+    count = max(found, default=-1) + 1
+    if len(found) < count:
+        raise SourceError(
+            "the numbers of this file's layers have a gap",
+            where=next(iter(shapes)),
+            why=f"{len(found)} of {count} layers are there",
+            hint="download the file again, or give the model's diffusers folder",
+        )
+    return count
 
 
 def _context(unet: Shapes) -> int | None:
     """The width of the states that cross-attention reads."""
     ends = ".transformer_blocks.0.attn2.to_k.weight"
-    return next((shape[1] for name, shape in unet.items() if name.endswith(ends)), None)
+    return next((size(unet, name, 1) for name in unet if name.endswith(ends)), None)
 
 
 def _linear(unet: Shapes) -> bool:

@@ -24,7 +24,7 @@ def check_widths(configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet = configs.get("unet")
     if unet is None:
         return
-    texts = {n: configs[n].get("hidden_size") for n in _ENCODERS if n in configs}
+    texts = {n: _width(n, configs[n]) for n in _ENCODERS if n in configs}
     both = len(texts) == len(_ENCODERS) or unet.get("addition_embed_type") != "text_time"
     takes, gives = unet.get("cross_attention_dim"), sum(w for w in texts.values() if w)
     if texts and both and gives != takes:
@@ -41,6 +41,22 @@ def check_widths(configs: Mapping[str, Mapping[str, Any]]) -> None:
             why=f"latents of {latent} channels against {unet.get('out_channels')}",
             hint="supply the VAE that this UNet was trained with",
         )
+
+
+def _width(name: str, config: Mapping[str, Any]) -> int | None:
+    """The width of an encoder's states, if its configuration says it.
+
+    Raises:
+        SourceError: it says something else there.
+    """
+    found = config.get("hidden_size")
+    if found is None or (isinstance(found, int) and not isinstance(found, bool)):
+        return found
+    raise SourceError(
+        f"the configuration of {name} has a hidden_size that is no number",
+        why=str(found)[:200],
+        hint="restore its config.json as save_pretrained wrote it",
+    )
 
 
 def check_class(component: Component, path: Path, config: Mapping[str, Any]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdopt import reading
 from sdopt.errors import SourceError
 from sdopt.exporters import residuals
 from sdopt.exporters.components import FAMILIES, supported
@@ -39,9 +39,12 @@ def family_name(folder: Path, index: Mapping[str, Any]) -> str:
     return "sdxl" if text_time or second else "sd"
 
 
-def class_of(config: Mapping[str, Any]) -> Any:
+def class_of(config: Mapping[str, Any]) -> str | None:
     """The class that a configuration was saved from, as diffusers or transformers name it."""
-    return config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    names = config.get("architectures")
+    first = next(iter(names), None) if isinstance(names, list) else None
+    name = config.get("_class_name") or first
+    return name if isinstance(name, str) else None
 
 
 def check_pipeline(index: Mapping[str, Any], folder: Path) -> None:
@@ -51,7 +54,7 @@ def check_pipeline(index: Mapping[str, Any], folder: Path) -> None:
         SourceError: with those that are known.
     """
     name = index.get("_class_name")
-    if (index.get("controlnet") or [None])[-1] == "MultiControlNetModel":
+    if listed(index, "controlnet") and index["controlnet"][-1] == "MultiControlNetModel":
         raise SourceError(
             "several ControlNets in one pipeline are not supported",
             where=str(folder / "model_index.json"),
@@ -174,11 +177,8 @@ def read_json(path: Path) -> dict[str, Any]:
         SourceError: it cannot be read or holds something else.
     """
     try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return reading.table(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise SourceError(
             "a configuration file cannot be read", where=str(path), why=str(error)
         ) from error
-    if not isinstance(table, dict):
-        raise SourceError("a configuration file holds no table", where=str(path))
-    return table

@@ -232,7 +232,8 @@ class SingleFileSource(Source):
         if "v_pred" in self._shapes or said in _V or "-v2-768-v" in architecture:
             return "v_prediction"
         told = said in ("epsilon", "eps") or "-v2-512" in architecture
-        told |= self._shapes[f"{ldm.UNET}input_blocks.0.0.weight"][1] != 4  # for inpainting
+        first = f"{ldm.UNET}input_blocks.0.0.weight"
+        told |= ldm.size(self._shapes, first, 1) != 4  # for inpainting
         return "epsilon" if told else None
 
     def _own_scheduler(self) -> dict[str, Any]:

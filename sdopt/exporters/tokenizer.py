@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdopt import reading
 from sdopt.errors import SourceError
 
 
@@ -42,7 +43,7 @@ def tokenizer_files(folder: Path, part: str | None = None) -> list[SharedFile]:
     if not path.is_file() or all(file.is_file() for file in older):
         return []
     try:
-        table = json.loads(path.read_bytes())
+        table = reading.table(path.read_bytes())
         model = table["model"]
         if model["type"] != "BPE":
             return []
@@ -51,20 +52,20 @@ def tokenizer_files(folder: Path, part: str | None = None) -> list[SharedFile]:
         merges = [
             merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ordered = dict(sorted(vocab.items(), key=lambda item: item[1]))
+        lines = ["#version: 0.2", *merges]
+        texts = [json.dumps(ordered, ensure_ascii=False), "\n".join(lines) + "\n"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             "the tokenizer cannot be read",
             where=str(path),
             why=repr(error),
             hint="save it again with tokenizer.save_pretrained",
         ) from error
-    ordered = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    lines = ["#version: 0.2", *merges]
+    home = part or folder.name
     return [
-        SharedFile(
-            f"{part or folder.name}/vocab.json", text=json.dumps(ordered, ensure_ascii=False)
-        ),
-        SharedFile(f"{part or folder.name}/merges.txt", text="\n".join(lines) + "\n"),
+        SharedFile(f"{home}/{name}", text=text)
+        for name, text in zip(("vocab.json", "merges.txt"), texts, strict=True)
     ]
 
 
@@ -110,7 +111,7 @@ def _padded(file: SharedFile) -> SharedFile:
     if file.source is None:
         return file
     try:
-        table = json.loads(file.source.read_bytes())
+        table = reading.table(file.source.read_bytes())
     except (OSError, ValueError) as error:
         raise SourceError(
             "the tokenizer cannot be read", where=str(file.source), why=repr(error)

@@ -52,8 +52,11 @@ def fold(node: ir.Node, opset: int) -> list[np.ndarray] | None:
     if node.op_type in ("Div", "Mod") and not np.all(feeds[node.inputs[1].name or ""]):  # type: ignore[union-attr]
         return None
     evaluator = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset})
-    with np.errstate(all="ignore"):  # what overflows here overflows in the graph as well
-        return [np.asarray(result) for result in evaluator.run(None, feeds)]
+    try:
+        with np.errstate(all="ignore"):  # what overflows here overflows in the graph as well
+            return [np.asarray(result) for result in evaluator.run(None, feeds)]
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        return None  # operands that do not fit each other: no runtime computes it either
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -196,6 +196,8 @@ class _Walk:
             if node.op_type not in _SAME | {"Where"}:
                 self._step(node, node.inputs[0])
         at = 0 if second.left is (ahead[-1] if ahead else softmax).outputs[0] else 1
+        if len(second.axes[at]) != len(self.axes):
+            raise NotRaisedError("its products have other ranks than its scores")
         names = dict(zip(second.axes[at], self.axes, strict=True))
         if keys not in ("i", "j") or names.get(second.summed) != keys:
             raise NotRaisedError(f"its Softmax runs over axis {axis}, not over the keys")

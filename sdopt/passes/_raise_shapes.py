@@ -44,6 +44,9 @@ _TYPED_BY_FIRST |= {"Squeeze", "Unsqueeze", "Split", "Slice", "Concat", "Gather"
 _TYPED_BY_FIRST |= {"Einsum", "Tile", "Sum", "ReduceSum", "Floor", "Ceil", "Round", "Range"}
 _TYPED_BY_FIRST |= {"ReduceMean", "Attention", "AveragePool", "MaxPool", "Resize", "Pad"}
 
+_AXES = 64
+"""Of a tensor at most; a Reshape to more is a file that lies."""
+
 
 class Shapes:
     """The sizes and element types of the values of ``main``, as far as they can be proven."""
@@ -124,7 +127,11 @@ class Shapes:
                 self._types[output] = ir.DataType.BOOL
             elif node.op_type in _TYPED_BY_FIRST:
                 self._types[output] = self.dtype(first)
-            found, declared = self._infer(node, index), _declared(output)
+            declared = _declared(output)
+            try:
+                found = self._infer(node, index)
+            except (IndexError, StopIteration, ValueError, ZeroDivisionError):
+                found = None  # ranks or axes that do not fit: no shape is right
             if found is not None and declared is not None and len(found) == len(declared):
                 new = _fresh(output)
                 found = [
@@ -227,7 +234,7 @@ class Shapes:
         if target is None:
             length = self.dims(node.inputs[1])
             rank = length[0].known if length else None
-            return [new(axis) for axis in range(rank)] if rank is not None else None
+            return [new(a) for a in range(rank)] if rank is not None and rank <= _AXES else None
         dims: list[Dim] = []
         for axis, dim in enumerate(target):
             if dim == Dim(0) and not graph.attribute(node, "allowzero", 0):

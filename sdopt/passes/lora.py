@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from sdopt import reading
 from sdopt.adapters import MERGED_KEY, files, matching, merging
-from sdopt.errors import UsageError
+from sdopt.errors import BundleError, UsageError
 from sdopt.passes.base import Intent, Numerics, Pass, PassContext, Reach, Role
 
 
@@ -63,7 +64,7 @@ class Lora(Pass):
         """Replace each adapted weight by its lazy sum; no weight is read."""
         (digest,) = self.reads()
         adapters = files.read(self._path())
-        merged: dict[str, float] = json.loads(model.metadata_props.get(MERGED_KEY, "{}"))
+        merged = _merged(model)
         if digest in merged:
             self._check_scale(merged[digest])
             ctx.skip("this adapter was merged already", self.file)
@@ -88,7 +89,7 @@ class Lora(Pass):
         ctx.count("adapted_weight", len(updates))
 
     def _path(self) -> Path:
-        return Path(self.file).expanduser()  # no shell expands ~ behind lora=
+        return reading.user_path(self.file)  # no shell expands ~ behind lora=
 
     def _check_scale(self, before: float) -> None:
         if before != self.scale:
@@ -98,3 +99,16 @@ class Lora(Pass):
                 why=f"the model holds it at scale {before}; {self.scale} was asked for",
                 hint="start from a stage without it: --from model",
             )
+
+
+def _merged(model: ir.Model) -> dict[str, float]:
+    """Digest to scale of the adapters that are in a graph, as its metadata says."""
+    try:
+        return reading.table(model.metadata_props.get(MERGED_KEY, "{}"))
+    except ValueError as error:
+        raise BundleError(
+            "the record of merged adapters cannot be read",
+            where=f"metadata {MERGED_KEY}",
+            why=str(error),
+            hint="make the stage again from the one that it came from",
+        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -100,7 +99,7 @@ class Quantize(Pass):
         """The digest of the recorded data that decides the activations' ranges."""
         if self.mode not in _CALIBRATED or self.data is None:
             return ()
-        return (recorded.index_digest(Path(self.data).expanduser()),)
+        return (recorded.index_digest(self.data),)
 
     def apply(self, model: ir.Model, ctx: PassContext) -> None:
         """Choose the layers, find the ranges of what they read, and put integers in."""

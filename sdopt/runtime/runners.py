@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sdopt import reading
 from sdopt.bundle import Bundle
 from sdopt.errors import BundleError
 
@@ -141,14 +141,11 @@ def read(bundle: Bundle, name: str, what: str) -> dict[str, Any]:
     """
     path = bundle.path / name
     try:
-        data = json.loads(path.read_text("utf-8"))
+        return reading.table(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BundleError(
             f"this bundle has no readable {name}",
             where=str(path),
-            why=f"it says {what}",
+            why=f"it says {what} ({error})",
             hint="export again from a whole diffusers folder: sdopt export SOURCE -o BUNDLE",
         ) from error
-    if not isinstance(data, dict):
-        raise BundleError("this is no JSON object", where=str(path))
-    return data
