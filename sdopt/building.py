@@ -185,7 +185,8 @@ def _compile(report: ComponentReport, order: Order, target: Target, force: bool)
                 hint="run it by hand: --emit-only writes the commands",
             )
         seconds = time.perf_counter() - start
-        found = artifacts.commit(made, path, key, seconds, versions, facts)
+        about = {"target": str(target), **facts}
+        found = artifacts.commit(made, path, key, seconds, versions, about)
     report.artifact = dataclasses.asdict(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sdopt import artifacts, companions, graph, modelfile, registry, spec
-from sdopt.bundle import MANIFEST, OPTIMIZED, Bundle
+from sdopt.bundle import MANIFEST, OPTIMIZED, Bundle, read_record
+from sdopt.compare import polygraphed
 from sdopt.compare.looking import Inside, InsideGraphs
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord, Step
@@ -83,7 +85,7 @@ def side(text: str | Path, target: str) -> Side:
             )
     if path.is_file():
         made = artifacts.recorded(path)
-        return _artifact(path, made.facts) if made else _file(path, target)
+        return _artifact(path, made.facts, target) if made else _file(path, target)
     is_bundle = (path / MANIFEST).is_file() or not (path / "model_index.json").is_file()
     if stage == PYTORCH or (stage is None and not is_bundle):
         return _checkpoint(path)
@@ -97,29 +99,40 @@ def _file(path: Path, target: str) -> Side:
     return Side(label, {name: lambda _: _graph(path, label, target, {})}, anonymous=text is None)
 
 
-def _artifact(path: Path, facts: Mapping[str, Any]) -> Side:
-    """An artifact whose record says how it was made, run at its first size by its own target.
+def _artifact(path: Path, facts: Mapping[str, Any], target: str) -> Side:
+    """An artifact, run by its own target: on a card, or on a simulator at its first size.
 
     Raises:
-        UsageError: artifacts of this kind are not run here.
+        UsageError: what it was built from is not known any more.
     """
-    if "simulated" not in facts:
+    if "simulated" in facts:
+        how = facts["simulated"]
+
+        def simulated(name: str) -> Opened:
+            session = registry.make("targets", facts["target"]).open(path)
+            first = facts["sizes"][0]
+            ports = {k: Port(port.dtype, tuple(first[k])) for k, port in session.inputs.items()}
+            history = tuple(Step(**step) for step in how["history"])
+            dtypes = frozenset(how["dtypes"])
+            return Opened(str(path), session.run, ports, how["origin"], history, dtypes)
+
+        return Side(str(path), {facts["component"]: simulated})
+    lowered = path.with_suffix(".onnx")
+    record = read_record(lowered) if lowered.is_file() else None
+    if record is None or "target" not in facts:
         raise UsageError(
-            "an artifact of this kind cannot be run here",
+            "what this artifact was built from is not known",
             where=str(path),
-            hint="compare the lowered graph instead: BUNDLE@STAGE",
+            why=f"{lowered.name} beside it says so",
+            hint="build it again: sdopt build BUNDLE --target ...",
         )
-    how = facts["simulated"]
 
-    def opened(name: str) -> Opened:
-        session = registry.make("targets", facts["target"]).open(path)
-        first = facts["sizes"][0]
-        ports = {k: Port(port.dtype, tuple(first[k])) for k, port in session.inputs.items()}
-        history = tuple(Step(**step) for step in how["history"])
-        dtypes = frozenset(how["dtypes"])
-        return Opened(str(path), session.run, ports, how["origin"], history, dtypes)
+    def opened(_: str) -> Opened:
+        graph_of = _graph(lowered, str(path), target, {})
+        run = _Lazy(lambda: polygraphed.session(path, facts["target"]))
+        return dataclasses.replace(graph_of, run=run, inside=None)
 
-    return Side(str(path), {facts["component"]: opened})
+    return Side(str(path), {record.component: opened})
 
 
 def _bundle(bundle: Bundle, stage: str | None, target: str) -> Side:
@@ -165,9 +178,9 @@ def _graph(path: Path, label: str, target: str, config: Mapping[str, Any]) -> Op
 class _Lazy:
     """A session that is opened when it is first run: its weights may not fit into memory."""
 
-    def __init__(self, opens: Callable[[], Session]) -> None:
+    def __init__(self, opens: Callable[[], polygraphed.Runs]) -> None:
         self._opens = opens
-        self._session: Session | None = None
+        self._session: polygraphed.Runs | None = None
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._session = self._session or self._opens()
