@@ -66,6 +66,7 @@ COMMANDS = [
     "build",
     "run",
     "bench",
+    "eval",
     "compare",
     "precision",
     "inspect",
