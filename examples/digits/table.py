@@ -24,7 +24,7 @@ from sdopt import api, datafile  # noqa: E402
 from sdopt.bundle import Bundle  # noqa: E402
 from sdopt.drawing.charts import Chart, axis, points  # noqa: E402
 from sdopt.evaluating import Evaluation, pages  # noqa: E402
-from sdopt.evaluating.evaluation import StageResult  # noqa: E402
+from sdopt.evaluating.results import StageResult  # noqa: E402
 from sdopt.targets.ort import Ort  # noqa: E402
 
 RAW = "model"
@@ -132,7 +132,7 @@ def table(stages: tuple[StageResult, ...], times: dict[str, list[float]]) -> lis
     """Return the Markdown table, a line per row; shares are in percent, with standard errors."""
     base = stages[0].stage
     lines = [
-        f"| the UNet | CPU ms a step (quartiles) | over `{base}` | % read as asked | less `{base}` |",
+        f"| the UNet | ms a step (quartiles) | over `{base}` | % read as asked | less `{base}` |",
         "| --- | --- | --- | --- | --- |",
     ]
     first = statistics.median(times[base])
@@ -164,6 +164,7 @@ def plot(stages: tuple[StageResult, ...], times: dict[str, list[float]]) -> Char
         rows,
         axis("ms", "CPU milliseconds per step of the UNet, batch 2"),
         axis("score", "% read as the digit asked for"),
+        color=axis("stage", "stage", kind="nominal"),
         label="stage",
     )
 

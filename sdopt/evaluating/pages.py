@@ -7,9 +7,9 @@ from typing import Any
 
 from sdopt.drawing.charts import axis, bars, points
 from sdopt.drawing.page import Page
-from sdopt.evaluating.evaluation import Evaluation, StageResult
 from sdopt.evaluating.figures import Mean
 from sdopt.evaluating.gallery import IMAGES
+from sdopt.evaluating.results import Evaluation, StageResult
 
 HEADS = ("stage", "images", "score", "best of each prompt", "to the first", "ratio", "s/image")
 
