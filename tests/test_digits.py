@@ -130,6 +130,7 @@ def test_token_merging_still_draws_digits(digits_bundle: Path) -> None:
     assert right["tome5"] >= 0.8
 
 
+@pytest.mark.timeout(600)
 def test_the_table_says_what_the_judge_reads(
     digits_bundle: Path,
     tmp_path: Path,
@@ -139,14 +140,14 @@ def test_the_table_says_what_the_judge_reads(
     import table
 
     shutil.copytree(digits_bundle, tmp_path / "bundle")
-    few = ["--captions", "1", "--images", "1", "--rows", "model,fast,w8", "--rounds", "1"]
+    few = ["--captions", "1", "--images", "1", "--rows", "model,fast", "--rounds", "1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["table.py", *few, "--plot", "plot.png", "-o", "."])
     table.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 4
     judge, _ = digits.train_classifier()
-    for line, stage in zip(lines[2:], ("model", "fast", "w8"), strict=True):
+    for line, stage in zip(lines[2:], ("model", "fast"), strict=True):
         files = [tmp_path / "evaluation" / stage / "images" / f"{i}_0.png" for i in range(10)]
         cells = digits.to_8x8(Image.open(file) for file in files)
         right = judge.predict(cells.reshape(-1, 64)) == np.arange(10)
