@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.evaluating.prompts import UNSPECIFIED, Prompt, read_prompts
+from tests.runtime.toy import DIGITS
 
 HEADER = "Prompt\tCategory\tChallenge\tNote\n"
 
@@ -85,3 +87,23 @@ def test_what_is_no_file_of_prompts(tmp_path: Path) -> None:
         read_prompts(table(tmp_path, HEADER))
     with pytest.raises(UsageError, match="limit"):
         read_prompts(["a"], limit=0)
+
+
+def test_the_digits_have_a_table_that_their_scorer_understands() -> None:
+    spec = importlib.util.spec_from_file_location("digits_scorer", DIGITS / "scorer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    scorer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scorer)
+    found = read_prompts(DIGITS / "prompts.tsv")
+    assert [scorer.digit_of(one.text) for one in found] == list(range(10))
+    assert [one.category for one in found] == ["Even", "Odd"] * 5
+    data = scorer._digits()[0].load_data()
+    pictures = scorer._digits()[0].draw(data.held_x[:20])
+    asked = [f"the digit {digit}" for digit in data.held_y[:20]]
+    assert sum(scorer.right(pictures, asked)) >= 19
+    others = [f"the digit {(digit + 1) % 10}" for digit in data.held_y[:20]]
+    assert sum(scorer.right(pictures, others)) <= 1
+    for wrong in ("a cat", "a handwritten one and 2"):
+        with pytest.raises(ValueError, match="digits"):
+            scorer.right(pictures[:1], [wrong])
