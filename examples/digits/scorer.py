@@ -1,4 +1,4 @@
-"""The digits' judge for ``sdopt eval --scorer examples/digits/scorer.py:right``."""
+"""The digits' judge for ``sdopt eval --scorer examples/digits/scorer.py:right``, or ``:sure``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def right(images: list[Image], prompts: list[str]) -> list[float]:
     return [float(found == asked) for found, asked in zip(read, wanted, strict=True)]
 
 
+def sure(images: list[Image], prompts: list[str]) -> list[float]:
+    """Return the probability that the classifier gives to the digit that the prompt asks for."""
+    shares = _calibrated().predict_proba(_digits()[0].to_8x8(images).reshape(-1, 64))
+    wanted = [digit_of(prompt) for prompt in prompts]
+    return [float(row[asked]) for row, asked in zip(shares, wanted, strict=True)]
+
+
 def digit_of(prompt: str) -> int:
     """Return the digit that a prompt names, as a word or as a numeral."""
     words = _digits()[0].WORDS
@@ -31,6 +38,18 @@ def digit_of(prompt: str) -> int:
     if len(named) != 1:
         raise ValueError(f"{prompt!r} names {len(named)} digits")
     return named.pop()
+
+
+@functools.cache
+def _calibrated() -> Any:
+    """The classifier with probabilities: Platt's sigmoids, fitted on the train digits by folds."""
+    from sklearn.base import clone
+    from sklearn.calibration import CalibratedClassifierCV
+
+    digits, judge = _digits()
+    data = digits.load_data()
+    made = CalibratedClassifierCV(clone(judge), method="sigmoid", cv=5, ensemble=False)
+    return made.fit(data.train_x.reshape(-1, 64), data.train_y)
 
 
 @functools.cache

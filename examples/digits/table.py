@@ -55,9 +55,10 @@ def main() -> None:
     rows = args.rows.split(",")
     args.output.mkdir(parents=True, exist_ok=True)
     bundle = make(args.output / "bundle", rows)
-    made = draw(bundle, args.output, rows, args.captions, args.images)
+    right = draw(bundle, args.output, rows, args.captions, args.images, "right")
+    made = draw(bundle, args.output, rows, args.captions, args.images, "sure")
     times = milliseconds(Bundle.open(bundle), rows, args.rounds)
-    print("\n".join(table(made.stages, times)))
+    print("\n".join(table(made.stages, right.stages, times)))
     if args.plot:
         datafile.write_bytes(args.plot, plot(made.stages, times).png())
     if args.html:
@@ -79,7 +80,9 @@ def make(bundle: Path, rows: list[str]) -> Path:
     return bundle
 
 
-def draw(bundle: Path, output: Path, rows: list[str], captions: int, images: int) -> Evaluation:
+def draw(
+    bundle: Path, output: Path, rows: list[str], captions: int, images: int, scorer: str
+) -> Evaluation:
     """Draw captions of every digit with every row, and have the classifier read the images."""
     prompts = output / "prompts.tsv"
     lines = [
@@ -93,7 +96,7 @@ def draw(bundle: Path, output: Path, rows: list[str], captions: int, images: int
         prompts,
         output / "evaluation",
         stages=rows,
-        scorer=f"{HERE / 'scorer.py'}:right",
+        scorer=f"{HERE / 'scorer.py'}:{scorer}",
         images_per_prompt=images,
         steps=digits.STEPS,
         guidance=digits.GUIDANCE,
@@ -128,23 +131,29 @@ def milliseconds(bundle: Bundle, rows: list[str], rounds: int) -> dict[str, list
     return times
 
 
-def table(stages: tuple[StageResult, ...], times: dict[str, list[float]]) -> list[str]:
+def table(
+    stages: tuple[StageResult, ...], right: tuple[StageResult, ...], times: dict[str, list[float]]
+) -> list[str]:
     """Return the Markdown table, a line per row; shares are in percent, with standard errors."""
     base = stages[0].stage
     lines = [
-        f"| the UNet | ms a step (quartiles) | over `{base}` | % read as asked | less `{base}` |",
-        "| --- | --- | --- | --- | --- |",
+        f"| the UNet | ms a step (quartiles) | over `{base}` | read as asked | probability, % | "
+        f"less `{base}`'s |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     first = statistics.median(times[base])
-    for one in stages:
+    for one, other in zip(stages, right, strict=True):
         low, middle, high = statistics.quantiles(times[one.stage], n=4)
         passes = ROWS[one.stage].replace("{data}", "...") or "as exported"
         spread, ratio = f"{middle:.1f} ({low:.1f} to {high:.1f})", f"{middle / first:.2f}"
         assert one.score is not None
+        count = round(sum(other.scores.values()))
         score = _percent(one.score.score.mean, one.score.score.error)
         apart = one.difference
         less = _percent(apart.mean, apart.error, sign="+") if apart is not None else ""
-        lines.append(f"| `{passes}` | {spread} | {ratio} | {score} | {less} |")
+        lines.append(
+            f"| `{passes}` | {spread} | {ratio} | {count} of {other.images} | {score} | {less} |"
+        )
     return lines
 
 
@@ -163,7 +172,7 @@ def plot(stages: tuple[StageResult, ...], times: dict[str, list[float]]) -> Char
         "examples/digits: score against the time of a step",
         rows,
         axis("ms", "CPU milliseconds per step of the UNet, batch 2"),
-        axis("score", "% read as the digit asked for"),
+        axis("score", "% that the classifier gives to the digit asked for"),
         color=axis("stage", "stage", kind="nominal"),
         label="stage",
     )

@@ -102,8 +102,10 @@ def test_the_digits_have_a_table_that_their_scorer_understands() -> None:
     pictures = scorer._digits()[0].draw(data.held_x[:20])
     asked = [f"the digit {digit}" for digit in data.held_y[:20]]
     assert sum(scorer.right(pictures, asked)) >= 19
+    assert 0.8 < sum(scorer.sure(pictures, asked)) / 20 < 1
     others = [f"the digit {(digit + 1) % 10}" for digit in data.held_y[:20]]
     assert sum(scorer.right(pictures, others)) <= 1
+    assert sum(scorer.sure(pictures, others)) / 20 < 0.1
     for wrong in ("a cat", "a handwritten one and 2"):
         with pytest.raises(ValueError, match="digits"):
             scorer.right(pictures[:1], [wrong])
