@@ -154,7 +154,8 @@ def test_the_table_says_what_the_judge_reads(
         assert right.sum() >= 8
         assert f"| {right.sum()} of 10 |" in line
     assert "| 1.00 |" in lines[2]
-    assert Image.open("plot.png").size[0] > 640
+    with Image.open("plot.png") as plot:
+        assert plot.width > 640
 
 
 def images(bundle: Path, stage: str, **options: Any) -> list[np.ndarray]:
