@@ -22,6 +22,7 @@ from sdopt.staging import Job, optimize_file
 if TYPE_CHECKING:
     from sdopt.bench import BenchReport
     from sdopt.compare import Comparison, LayerComparison
+    from sdopt.evaluating import Evaluation
     from sdopt.precision import PrecisionReport
     from sdopt.recorded import Recording
     from sdopt.runtime.generate import Generated
@@ -32,6 +33,7 @@ __all__ = [
     "build",
     "compare",
     "compare_layers",
+    "evaluate",
     "export",
     "inspect",
     "optimize",
@@ -235,3 +237,12 @@ def bench(bundle: str | Path, **options: Any) -> BenchReport:
     from sdopt import bench as benching
 
     return benching.bench(bundle, **options)
+
+
+def evaluate(
+    bundle: str | Path, prompts: str | Path | Sequence[str], output: str | Path, **options: Any
+) -> Evaluation:
+    """Draw prompts and score the images; see ``sdopt.evaluating.evaluate`` for the options."""
+    from sdopt import evaluating
+
+    return evaluating.evaluate(bundle, prompts, output, **options)

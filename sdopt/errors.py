@@ -94,6 +94,12 @@ class StorageError(SdoptError):
     exit_code = 1
 
 
+class WorkerError(SdoptError):
+    """A process that did part of the work ended in the middle of it; finished work stays."""
+
+    exit_code = 1
+
+
 class InterruptedByUserError(SdoptError):
     """Ctrl-C; what was there before is unchanged."""
 

@@ -66,6 +66,7 @@ COMMANDS = [
     "build",
     "run",
     "bench",
+    "eval",
     "compare",
     "precision",
     "inspect",
@@ -111,12 +112,15 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("no_prompt", ("run", "b")),
         ("no_stage_to_bench", ("bench", "b", "--stage", "optimised")),
         ("nothing_built_to_bench", ("bench", "b", "--target", "trt_rtx:dtype=fp16")),
+        ("no_prompts", ("eval", "b", "--prompts", "nowhere.tsv")),
+        ("no_clip", ("eval", "b", "--prompts", "lines.txt", "--clip", ".")),
     ],
 )
 def test_errors_say_what_where_why_and_what_to_do(
     sdopt: Shell, tmp_path: Path, name: str, words: tuple[str, ...]
 ) -> None:
     make_bundle(tmp_path / "b")
+    (tmp_path / "lines.txt").write_text("a cat\n")
     code, out, err = sdopt(*words)
     assert code == 2
     assert out == ""

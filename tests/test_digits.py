@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from PIL import Image
 
 from sdopt import api
 from sdopt.bundle import Bundle
@@ -126,6 +128,34 @@ def test_token_merging_still_draws_digits(digits_bundle: Path) -> None:
     assert np.abs(pixels["tome5"] - pixels["optimized"]).mean() > 0.1
     assert right["tome5"] >= right["optimized"] - 0.15
     assert right["tome5"] >= 0.8
+
+
+@pytest.mark.timeout(600)
+def test_the_table_says_what_the_judge_reads(
+    digits_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import table
+
+    shutil.copytree(digits_bundle, tmp_path / "bundle")
+    few = ["--captions", "1", "--images", "1", "--rows", "model,fast", "--rounds", "1"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["table.py", *few, "--plot", "plot.png", "-o", "."])
+    table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    judge, _ = digits.train_classifier()
+    for line, stage in zip(lines[2:], ("model", "fast"), strict=True):
+        files = [tmp_path / "evaluation" / stage / "images" / f"{i}_0.png" for i in range(10)]
+        cells = digits.to_8x8(Image.open(file) for file in files)
+        right = judge.predict(cells.reshape(-1, 64)) == np.arange(10)
+        assert right.sum() >= 8
+        assert f"| {right.sum()} of 10 |" in line
+    assert "| 1.00 |" in lines[2]
+    with Image.open("plot.png") as plot:
+        assert plot.width > 640
 
 
 def images(bundle: Path, stage: str, **options: Any) -> list[np.ndarray]:

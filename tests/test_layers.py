@@ -32,7 +32,7 @@ LAYERS = (
     ("pipeline", "exporters", "targets", "runtime"),
     ("provenance", "merging"),
     ("adopting", "compare", "exporting", "inspection", "packing", "pages", "staging"),
-    ("building", "bench", "precision"),
+    ("building", "bench", "evaluating", "precision"),
     ("api",),
     ("cli", "ui", "sweep"),
     ("__main__",),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdopt.cli import benching, building, generate, inspecting, precision, transform
+from sdopt.cli import benching, building, evaluating, generate, inspecting, precision, transform
 
 app = typer.Typer(
     name="sdopt",
@@ -43,6 +43,7 @@ app.command("build")(building.build)
 app.command("run")(generate.run)
 app.command("record")(generate.record)
 app.command("bench")(benching.bench)
+app.command("eval")(evaluating.evaluate)
 app.command("compare")(inspecting.compare)
 app.command("precision")(precision.precision)
 app.command("inspect")(inspecting.inspect)

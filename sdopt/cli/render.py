@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,14 @@ def result(text: str) -> None:
 def dump(data: Any) -> None:
     """Plain data as JSON on stdout."""
     result(json.dumps(data, indent=2))
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows for people, the first one of heads, in columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        say("  " + "  ".join(cells).rstrip())
 
 
 @contextmanager
