@@ -15,7 +15,7 @@ from sdopt.spec import snake_case
 PACKAGE = Path(__file__).parent.parent / "sdopt"
 
 LAYERS = (
-    ("errors", "machine"),
+    ("errors", "machine", "units"),
     ("reading", "spec", "shapes"),
     ("manifest",),
     ("blocks",),
@@ -33,6 +33,7 @@ LAYERS = (
     ("provenance", "merging"),
     ("adopting", "compare", "exporting", "inspection", "packing", "pages", "staging"),
     ("building", "bench", "evaluating", "precision"),
+    ("reporting",),
     ("api",),
     ("cli", "ui", "sweep"),
     ("__main__",),
