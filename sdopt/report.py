@@ -146,7 +146,11 @@ class PassReport:
             KeyError, TypeError, ValueError, AttributeError: it is something else.
         """
         plain = _known(cls, data)
-        plain["skips"] = tuple(Skip(**_known(Skip, one)) for one in data["skips"])
+        plain |= _typed(data, {str: ("spec", "numerics", "intent"), float: ("seconds",)})
+        plain |= _typed(data, {int: ("nodes_before", "nodes_after", "new_bytes")})
+        plain["skips"] = tuple(
+            Skip(str(one["reason"]), str(one["where"]), str(one["kind"])) for one in data["skips"]
+        )
         for name in ("notes", "reads"):
             plain[name] = tuple(map(str, data[name]))
         for name in ("ops_before", "ops_after", "rewrites", "present"):
@@ -184,8 +188,12 @@ class ComponentReport:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it is something else.
         """
-        passes = [PassReport.from_json(one) for one in data["passes"]]
-        return cls(**{**_known(cls, data), "passes": passes})
+        plain = _known(cls, data)
+        plain |= _typed(data, {str: ("component", "stage", "file", "digest"), float: ("seconds",)})
+        plain |= _typed(data, {int: ("nodes", "bytes_written"), dict: ("artifact",)})
+        plain["notes"] = [str(note) for note in data["notes"]]
+        plain["passes"] = [PassReport.from_json(one) for one in data["passes"]]
+        return cls(**plain)
 
 
 @dataclass
@@ -213,3 +221,8 @@ class Report:
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     names = {one.name for one in dataclasses.fields(cls)}
     return {key: value for key, value in data.items() if key in names}
+
+
+def _typed(data: Mapping[str, Any], types: Mapping[type, tuple[str, ...]]) -> dict[str, Any]:
+    """Those fields, each as its type or an error."""
+    return {name: kind(data[name]) for kind, names in types.items() for name in names}

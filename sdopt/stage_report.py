@@ -73,12 +73,19 @@ class StageReport:
             BundleError: unreadable, or written by a newer sdopt.
         """
         data = read_object(text, where)
-        known = {one.name for one in dataclasses.fields(cls)}
         try:
-            plain = {key: value for key, value in data.items() if key in known}
-            component = ComponentReport.from_json(plain.pop("component"))
-            command = tuple(map(str, plain.pop("command")))
-            return cls(**plain, component=component, command=command)
+            command = tuple(map(str, data["command"]))
+            if not command:
+                raise ValueError("it holds no command")  # noqa: TRY301
+            return cls(
+                verb=str(data["verb"]),
+                command=command,
+                component=ComponentReport.from_json(data["component"]),
+                written=str(data["written"]),
+                machine=str(data["machine"]),
+                peak_rss_bytes=int(data["peak_rss_bytes"]),
+                schema=int(data["schema"]),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(
                 "this report of a stage cannot be read",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sdopt.bundle import RAW
-from sdopt.compare import compare
+from sdopt.compare import LayerComparison, compare, compare_layers
 from sdopt.compare.comparison import ComponentComparison
 from sdopt.compare.figures import Figures
 from sdopt.drawing.charts import Chart, axis, points
@@ -22,12 +23,17 @@ _TONES = {"same": "good", "different": "bad"}
 
 @dataclass(frozen=True)
 class Compared:
-    """One component of one stage against the raw one, or ``why`` it cannot be computed here."""
+    """One component of one stage against the raw one, or ``why`` it cannot be computed here.
+
+    ``layers`` are there where an output differs; ``why_no_layers`` says why they are not.
+    """
 
     component: str
     stage: str
     result: ComponentComparison | None
     why: str = ""
+    layers: LayerComparison | None = None
+    why_no_layers: str = ""
 
 
 def numbers(page: Page, all_: Gathered, seed: int, progress: Progress) -> list[str]:
@@ -64,6 +70,7 @@ def numbers(page: Page, all_: Gathered, seed: int, progress: Progress) -> list[s
     chart = _chart(found)
     if chart is not None:
         page.chart(chart)
+    _layers(page, found)
     with page.folded("Why each is judged so"):
         for one in found:
             if one.result is not None:
@@ -81,14 +88,44 @@ def _measure(
     for index, (name, stage) in enumerate(pairs):
         tell = part(progress, index, len(pairs))
         tell(f"compare {name}@{stage}", 0.0)
-        try:
-            (one,) = compare(
-                f"{path}@{stage}", f"{path}@{RAW}", components=[name], seed=seed
-            ).components
-        except SdoptError as error:  # a graph for another machine: the page says so
-            yield Compared(name, stage, None, said(error))
-        else:
-            yield Compared(name, stage, one)
+        yield _against_raw(f"{path}@{stage}", f"{path}@{RAW}", name, stage, seed)
+
+
+def _against_raw(a: str, b: str, name: str, stage: str, seed: int) -> Compared:
+    """Outputs, and where one differs layers; a graph for another machine is said, not raised."""
+    try:
+        (one,) = compare(a, b, components=[name], seed=seed).components
+    except SdoptError as error:
+        return Compared(name, stage, None, said(error))
+    if all(each.finite and each.relative_l2 == 0 for each in one.outputs):
+        return Compared(name, stage, one)
+    try:
+        (layers,) = compare_layers(a, b, components=[name], seed=seed)
+    except SdoptError as error:
+        return Compared(name, stage, one, why_no_layers=said(error))
+    return Compared(name, stage, one, layers=layers)
+
+
+def _layers(page: Page, found: list[Compared]) -> None:
+    page.heading("Error by depth")
+    page.text(
+        "Layer by layer against the raw stage, where an output differs at all: where the error "
+        "begins, and how it grows."
+    )
+    for one in found:
+        if one.layers is not None:
+            jump = one.layers.first_jump
+            page.text(
+                f"{one.component}@{one.stage}: {one.layers.verdict()}.",
+                tone="bad" if jump is not None and one.layers.allowed is not None else "",
+            )
+            title = f"{one.component}@{one.stage}: error by depth"
+            page.chart(dataclasses.replace(one.layers.chart(), title=title))
+            page.details(f"{one.component}@{one.stage}: farthest layers", one.layers.lines())
+        elif one.why_no_layers:
+            page.text(f"{one.component}@{one.stage}: not looked into: {one.why_no_layers}", "bad")
+    if not any(one.layers is not None or one.why_no_layers for one in found):
+        page.text("No output that was compared differs.")
 
 
 def _reasons(result: ComponentComparison) -> list[str]:
@@ -139,7 +176,8 @@ def _chart(found: list[Compared]) -> Chart | None:
         axis("relative L2", "relative L2", log=True),
         color=axis("stage", "", kind="nominal"),
         tooltip=["component", "output", "stage", "relative L2"],
-        texts="Relative L2 of every output." + f" {left} are equal or not finite." * bool(left),
+        texts="Relative L2 of every output."
+        + f" Not drawn: {left} that are equal or not finite." * bool(left),
     )
 
 
