@@ -44,6 +44,7 @@ def export(
     merge = Merge.parse(lora, in_place=in_place)
     names = list(components or opened.component_names())
     command = _command(str(source), dtype, in_place, supplied or {}, lora)
+    command += stage_report.only(components)
     merge.check(opened)
     keys = {name: _key(opened, name, dtype, in_place, merge) for name in names}
     root = _root(opened, output, in_place)

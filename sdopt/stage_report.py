@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,8 +38,7 @@ class StageReport:
 
     Attributes:
         verb: what made it: export, adopt, optimize or build.
-        command: the words behind ``sdopt`` that make it again, ``BUNDLE`` for the bundle and
-            without ``--component``.
+        command: the words behind ``sdopt`` that made it, ``BUNDLE`` for the bundle.
         component: passes with counts, rewrites and skips; seconds, bytes written.
         written: when, in UTC (ISO 8601).
         machine: where, in words.
@@ -103,6 +103,11 @@ class Found:
     why: str = ""
     stale: bool = False
     """Whether there is one, but of what the stage was before."""
+
+
+def only(components: Sequence[str] | None) -> tuple[str, ...]:
+    """The words of a command that name the components, where someone did."""
+    return tuple(word for name in components or () for word in ("--component", name))
 
 
 def path_of(stage: Path) -> Path:

@@ -33,7 +33,7 @@ Commit = Callable[[], None]
 class Job:
     """One pipeline over the components of one bundle.
 
-    ``command`` are the words of a build that make the stage again, but for where it starts.
+    ``command`` are the words of a build, but for where it starts and for which components.
     """
 
     bundle: Bundle
@@ -48,11 +48,13 @@ class Job:
     prove: bool = True
     require: Sequence[Requirement] = ()
     command: tuple[str, ...] = ()
+    _only: tuple[str, ...] = ()
 
     def run(self, verb: str, components: Sequence[str] | None) -> Report:
         """Run the pipeline over the components, under the bundle's lock."""
         report = Report(verb, str(self.bundle.path))
         names = list(components or self.bundle.components)
+        self._only = stage_report.only(components)
         for name in names:
             self.bundle.entry(name)
         with timed(report):
@@ -137,14 +139,14 @@ class Job:
         return report, commit
 
     def _command(self, source: Stage) -> tuple[str, ...]:
-        """The words that make the stage again."""
+        """The words that the stage is made with, what was left to defaults spelled out."""
         words = self.command
         if self.target is None:
             words = ("optimize", stage_report.BUNDLE, "--passes", str(self.pipeline))
             words += ("--stage", self.stage) * (self.stage != OPTIMIZED)
             words += ("--seed", str(self.seed)) * bool(self.seed)
         is_default = source.name == (RAW if self.target is None else OPTIMIZED)
-        return words if is_default else (*words, "--from", source.name)
+        return (*words, *(() if is_default else ("--from", source.name)), *self._only)
 
     def _pipeline(self, role: Role) -> Pipeline:
         if self.target is None:

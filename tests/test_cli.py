@@ -71,6 +71,7 @@ COMMANDS = [
     "precision",
     "inspect",
     "pack",
+    "report",
     "passes",
     "targets",
 ]

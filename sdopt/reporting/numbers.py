@@ -119,6 +119,8 @@ def _layers(page: Page, found: list[Compared]) -> None:
                 f"{one.component}@{one.stage}: {one.layers.verdict()}.",
                 tone="bad" if jump is not None and one.layers.allowed is not None else "",
             )
+            if not any(_on_a_log_axis(layer.error) for layer in one.layers.layers):
+                continue  # nothing that a chart could show
             title = f"{one.component}@{one.stage}: error by depth"
             page.chart(dataclasses.replace(one.layers.chart(), title=title))
             page.details(f"{one.component}@{one.stage}: farthest layers", one.layers.lines())

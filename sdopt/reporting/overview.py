@@ -109,21 +109,14 @@ def _lineage(all_: Gathered) -> Chart:
 
 def _commands(page: Page, all_: Gathered) -> None:
     """The commands of the runs that made the stages, each once, in the order of the stages."""
-    made_by: dict[tuple[str, ...], list[str]] = {}
+    lines: dict[str, None] = {}
     missing: dict[str, list[str]] = {}
     for one in _in_order(all_):
-        if one.found.report is not None:
-            made_by.setdefault(one.found.report.command, []).append(one.component)
-        else:
+        if one.found.report is None:
             missing.setdefault(one.found.why, []).append(f"{one.component}@{one.name}")
-    lines = []
-    for words, names in made_by.items():
-        chosen = [] if set(names) == set(all_.bundle.components) else names
-        if words[0] == "adopt":
-            chosen = []  # it names its component itself
-        each = [word for name in chosen for word in ("--component", name)]
-        told = [str(all_.bundle.path) if word == BUNDLE else word for word in words]
-        lines.append(shlex.join(["sdopt", *told, *each]))
+            continue
+        words = [str(all_.bundle.path) if w == BUNDLE else w for w in one.found.report.command]
+        lines[shlex.join(["sdopt", *words])] = None
     if lines:
         page.text("The runs that made these stages, in the folder that they were started in:")
         page.code("\n".join(lines))

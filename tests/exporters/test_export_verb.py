@@ -93,7 +93,8 @@ def test_in_place_writes_graphs_and_no_weights(copy: Path, exported_bundle: Path
     new = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()} - {
         str(p.relative_to(copy)) for p in before
     }
-    assert new == {".sdopt.lock", "manifest.json", "vae/vae_decoder.model.onnx"}
+    graph = "vae/vae_decoder.model"
+    assert new == {".sdopt.lock", "manifest.json", f"{graph}.onnx", f"{graph}.report.json"}
     wanted = decode(exported_bundle)
     np.testing.assert_array_equal(decode(copy, "vae", "vae_decoder.model"), wanted)
     api.optimize(copy, "clean")
