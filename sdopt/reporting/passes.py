@@ -56,7 +56,7 @@ def _stage(page: Page, one: Shown) -> None:
             )
     for each in one.passes:
         _left(page, each)
-        _remarks(page, each)
+    _remarks(page, one.passes)
     for note in one.found.report.component.notes:
         page.text(note)
 
@@ -128,10 +128,15 @@ def _left(page: Page, one: PassReport) -> None:
         page.details(f"{one.spec}: {what}: {reason}", [skip.where for skip in places])
 
 
-def _remarks(page: Page, one: PassReport) -> None:
-    lines = [f"{times} x {what}" for what, times in one.tallies().items()]
-    lines += [f"{each.kind}: {each.present} had the form already" for each in one.coverage()]
+def _remarks(page: Page, reports: Sequence[PassReport]) -> None:
+    lines = []
+    for one in reports:
+        lines += [f"{one.spec}: {times} x {what}" for what, times in one.tallies().items()]
+        lines += [
+            f"{one.spec}: {each.present} of {each.found} {each.kind} had the form already"
+            for each in one.coverage()
+            if each.present
+        ]
+        lines += [f"{one.spec}: {note}" for note in one.notes]
     if lines:
-        page.details(f"{one.spec}: what else it counted", lines)
-    for note in one.notes:
-        page.text(f"{one.spec}: {note}")
+        page.details("What else the passes counted and noted", lines)
