@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser
 
 from sdopt import api, artifacts, stage_report
 from sdopt.bundle import RAW, Bundle
-from sdopt.errors import MissingDependencyError, UnknownNameError, UsageError
+from sdopt.errors import MissingDependencyError, SdoptError, UnknownNameError, UsageError
 from sdopt.reporting import Options
 from sdopt.reporting.gather import gather
 from sdopt.reporting.samples import Drawing, psnr
+from sdopt.runtime.session import digest_of
 from tests import building_bundle
 from tests.browser import Opened, launched, opened
 from tests.runtime import toy
@@ -305,6 +307,72 @@ def test_only_what_was_asked_for_is_shown(whole: Bundle, tmp_path: Path, browser
         assert [name for name in texts(one, "#s2 h3") if name] == ["unet, stage half"]
         assert len(texts(one, "#s5 figcaption")) == 2
         assert "those left out of this page ran too" in one.page.inner_text("#s5")
+
+
+def evaluation(folder: Path, bundle: Bundle) -> Path:
+    """What ``sdopt eval`` leaves, as far as the page reads it."""
+    stages = {}
+    for name in ("half", "optimized"):
+        stages[name] = {part: bundle.stage(part, name) for part in ("text_encoder", "unet")}
+        (folder / name / "images").mkdir(parents=True)
+        for index in (3, 9):
+            image = Image.new("RGB", (8, 8), "red")
+            image.save(folder / name / "images" / f"{index}_0.png")
+
+    def figures(mean: float, error: float | None) -> dict[str, object]:
+        return {"score": {"mean": mean, "error": error}}
+
+    data = {
+        "schema": 1,
+        "scorer": f"clip {EVIL}",
+        "prompts": [{"index": 3, "text": f"a cat {EVIL}"}, {"index": 9, "text": "a dog"}],
+        "stages": [
+            {
+                "stage": name,
+                "stages": {part: one.name for part, one in parts.items()},
+                "bundle": digest_of(parts) if name == "half" else "0" * 16,
+                "images": 2,
+                "score": figures(0.25, 0.5) if name == "half" else None,
+                "categories": {"animals": figures(0.25, None)} if name == "half" else {},
+            }
+            for name, parts in stages.items()
+        ],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_an_evaluation_is_shown_with_what_has_changed_since(
+    whole: Bundle, tmp_path: Path, browser: Browser
+) -> None:
+    folder, file = evaluation(tmp_path / "eval", whole), tmp_path / "page.html"
+    quick = Options(images=False, compare=False, evaluation=folder)
+    api.report(whole.path, file, quick)
+    with opened(file, browser=browser) as one:
+        assert texts(one, "h2")[-1] == "Evaluation"
+        rows = table(one, "standard error")
+        assert rows["half@2"][2:] == ["0.2500", "0.5000", "of the stages as they are"]
+        assert rows["optimized@2"][2] == "not scored"
+        assert rows["optimized@2"][4].startswith("STALE")
+        assert texts(one, "#s4 h3") == [f"a cat {EVIL}", "a dog"]
+        assert (
+            texts(one, "#s4 figcaption")
+            == ["Mean over the prompts of each category."]
+            + [
+                "half",
+                "optimized",
+            ]
+            * 2
+        )
+        assert one.complaints == []
+    result = folder / "evaluation.json"
+    for text in ("{", '{"schema": 1}', result.read_text().replace('"half"', '"../half"')):
+        result.write_text(text)
+        with pytest.raises(SdoptError, match="cannot be read"):
+            api.report(whole.path, file, quick)
+    result.unlink()
+    with pytest.raises(UsageError, match="no evaluation here"):
+        api.report(whole.path, file, quick)
 
 
 def test_staleness_is_passed_on(whole: Bundle, tmp_path: Path) -> None:

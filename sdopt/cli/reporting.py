@@ -34,6 +34,9 @@ def report(
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Compare every stage with the raw one.")
     ] = True,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="Show this folder of sdopt eval, too.")
+    ] = None,
 ) -> None:
     """Write one HTML page: lineage, what each pass did, time and memory, numbers, images."""
     from sdopt import api
@@ -41,7 +44,7 @@ def report(
     from sdopt.reporting.samples import PROMPTS, Drawing
 
     drawing = Drawing(tuple(prompt or PROMPTS), steps, guidance, seed)
-    options = Options(component, stage, compare, images, drawing)
+    options = Options(component, stage, compare, images, drawing, evaluation)
     with render.progress("report") as tell:
         made = api.report(bundle, output, options, progress=tell)
     for note in made.notes:

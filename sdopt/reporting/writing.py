@@ -15,6 +15,7 @@ from sdopt.drawing.page import Page, require
 from sdopt.errors import UsageError
 from sdopt.machine import machine
 from sdopt.report import Progress, part
+from sdopt.reporting import evaluated
 from sdopt.reporting.costs import costs
 from sdopt.reporting.gather import gather
 from sdopt.reporting.numbers import numbers
@@ -36,6 +37,7 @@ class Options:
         compare: whether outputs are measured.
         images: whether images are drawn.
         drawing: which.
+        evaluation: the folder of an ``sdopt eval``, whose scores and images are shown.
     """
 
     components: Sequence[str] | None = None
@@ -43,6 +45,7 @@ class Options:
     compare: bool = True
     images: bool = True
     drawing: Drawing = field(default_factory=Drawing)
+    evaluation: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def report(
     Raises:
         BundleError: no bundle there.
         UnknownNameError: a component or stage that is not there.
-        UsageError: the folder of the output is not there, or numbers that cannot be.
+        UsageError: the folder of the output or the evaluation is not there, or numbers that cannot
+            be.
         MissingDependencyError: jinja2 or vl-convert-python is not installed.
         StorageError: the page cannot be written.
     """
@@ -75,6 +79,7 @@ def report(
     opened = Bundle.open(bundle)
     require()
     _check(path, wanted)
+    scores = evaluated.read(wanted.evaluation) if wanted.evaluation is not None else None
     tell = part(progress, 0, 1)
     all_ = gather(opened, wanted.components, wanted.stages)
     page = Page(f"sdopt report: {opened.path.resolve().name}", *_lead())
@@ -86,6 +91,8 @@ def report(
         notes += numbers(page, all_, wanted.drawing.seed, part(tell, 0, 2))
     if wanted.images:
         notes += samples(page, all_, wanted.drawing, part(tell, 1, 2))
+    if scores is not None:
+        evaluated.evaluation(page, opened, scores)
     page.write(path)
     return Written(path, path.stat().st_size, time.perf_counter() - start, tuple(notes))
 

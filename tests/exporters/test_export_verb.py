@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from sdopt import api
+from sdopt import api, stage_report
 from sdopt.bundle import Bundle
 from sdopt.errors import BundleError, SdoptError, SourceError, StorageError, UsageError
 
@@ -54,6 +54,16 @@ def test_a_bundle_has_what_a_pipeline_needs(exported_bundle: Path) -> None:
         "vae_decoder/model.onnx",
     } <= names
     assert Bundle.open(exported_bundle).components == ("vae_decoder",)
+
+
+def test_the_run_that_exported_is_kept(exported_bundle: Path, pipeline: Path) -> None:
+    stage = Bundle.open(exported_bundle).stage("vae_decoder", "model")
+    found = stage_report.find(stage.path, stage.digest).report
+    assert found is not None
+    words = ("export", str(pipeline), "-o", "BUNDLE", "--component", "vae_decoder")
+    assert found.command == words
+    assert found.component.bytes_written > 0
+    assert found.component.seconds > 0
 
 
 def test_the_weights_are_the_checkpoints_own_bytes(exported_bundle: Path, pipeline: Path) -> None:
