@@ -45,7 +45,7 @@ def samples(page: Page, all_: Gathered, how: Drawing, progress: Progress) -> lis
     page.section("Sample images")
     stages = list(dict.fromkeys([RAW, *all_.chosen]))
     drawn: dict[str, list[Generated]] = {}
-    notes = []
+    reasons: dict[str, list[str]] = {}
     for index, stage in enumerate(stages):
         tell = part(progress, index, len(stages), f"draw with {stage}")
         try:
@@ -53,7 +53,7 @@ def samples(page: Page, all_: Gathered, how: Drawing, progress: Progress) -> lis
         except (
             SdoptError
         ) as error:  # no pipeline, or a graph for another machine: the page says so
-            notes.append(f"{stage}: {said(error)}")
+            reasons.setdefault(said(error), []).append(stage)
     if drawn:
         one = next(iter(drawn.values()))[0]
         page.text(
@@ -64,6 +64,7 @@ def samples(page: Page, all_: Gathered, how: Drawing, progress: Progress) -> lis
         _show(page, drawn, how.prompts)
     if set(all_.components) != set(all_.bundle.components):
         page.text("Images need all components; those left out of this page ran too.")
+    notes = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
     for note in notes:
         page.text(f"Not drawn here: {note}", tone="bad")
     return notes
