@@ -26,6 +26,7 @@ from sdopt.runtime.session import digest_of
 from tests import building_bundle
 from tests.browser import Opened, launched, opened
 from tests.runtime import toy
+from tests.test_bundle import make_bundle
 
 EVIL = '</script><script>document.title = "broken"</script><img src=x onerror=alert(1)>&'
 SECTIONS = ["Overview", "Passes", "Time and memory", "Numbers", "Sample images"]
@@ -390,6 +391,24 @@ def test_staleness_is_passed_on(whole: Bundle, tmp_path: Path) -> None:
     assert states["later"] == "" or "gone" in states["later"]
     unet = gather(Bundle.open(tmp_path / "b"), ["unet"], None).lineage
     assert next(one.outdated for one in unet if one.name == "later") == "its source late is gone"
+
+
+def test_stages_made_from_each_other_in_turn_end(tmp_path: Path, browser: Browser) -> None:
+    made = make_bundle(tmp_path / "b")
+    api.optimize(made.path, "clean", stage="a")
+    api.optimize(made.path, "clean", source="a", stage="b")
+    api.optimize(made.path, "clean", source="b", stage="a")
+    states = {one.name: one.outdated for one in gather(made, None, None).lineage}
+    assert states == {
+        "model": "",
+        "a": "its source b is stale itself",
+        "b": "its source a has changed since",
+    }
+    file = tmp_path / "round.html"
+    api.report(made.path, file, Options(images=False, compare=False))
+    with opened(file, browser=browser) as one:
+        assert {"a (stale)", "b (stale)"} <= set(texts(one, "div.chart")[0].split("\n"))
+        assert one.complaints == []
 
 
 def test_wrong_questions_are_refused_before_anything_is_computed(

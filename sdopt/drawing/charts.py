@@ -248,20 +248,23 @@ def _placed(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         parent = row.get("parent", "")
         children.setdefault(parent if parent in known else "", []).append(row)
-    placed: list[dict[str, Any]] = []
+    placed: dict[str, dict[str, Any]] = {}
     lanes = 0
 
     def walk(row: Row, level: int) -> None:
         nonlocal lanes
-        placed.append({**row, "x": level, "y": lanes})
-        for index, child in enumerate(children.get(row["id"], ())):
+        placed[row["id"]] = {**row, "x": level, "y": lanes}
+        below = [one for one in children.get(row["id"], ()) if one["id"] not in placed]
+        for index, child in enumerate(below):
             lanes += bool(index)
             walk(child, level + 1)
 
-    for index, root in enumerate(children.get("", ())):
-        lanes += bool(index)
-        walk(root, 0)
-    return placed
+    # Rows that came from each other in a circle have no root: the first of them serves.
+    for root in (*children.get("", ()), *rows):
+        if root["id"] not in placed:
+            lanes += bool(placed)
+            walk(root, 0)
+    return list(placed.values())
 
 
 def _tooltip(fields: Sequence[str]) -> list[Row]:

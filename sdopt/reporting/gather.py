@@ -131,15 +131,17 @@ def _component(bundle: Bundle, name: str, facts: list[dict[str, Any]]) -> Iterat
         yield Shown(name, one, found, _outdated(one, by_name))
 
 
-def _outdated(one: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> str:
+def _outdated(
+    one: dict[str, Any], by_name: dict[str, dict[str, Any]], seen: tuple[str, ...] = ()
+) -> str:
     source = str(one["made_from"])
-    if source == CHECKPOINT:
+    if source == CHECKPOINT or source in seen:
         return ""
     if source not in by_name:
         return f"its source {source} is gone"
     if one["stale"]:
         return f"its source {source} has changed since"
-    if _outdated(by_name[source], by_name):
+    if _outdated(by_name[source], by_name, (*seen, source)):
         return f"its source {source} is stale itself"
     return ""
 

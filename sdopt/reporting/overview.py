@@ -134,7 +134,12 @@ def _in_order(all_: Gathered) -> list[Shown]:
     place = {(one.component, one.name): one for one in all_.lineage}
 
     def depth(one: Shown) -> int:
-        source = place.get((one.component, one.source))
-        return 0 if source is None else 1 + depth(source)
+        seen = {one.name}
+        while (source := place.get((one.component, one.source))) is not None:
+            if source.name in seen:  # made from each other, in turn
+                break
+            seen.add(source.name)
+            one = source
+        return len(seen)
 
     return sorted(all_.lineage, key=depth)
