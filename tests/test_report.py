@@ -311,6 +311,51 @@ def test_only_what_was_asked_for_is_shown(whole: Bundle, tmp_path: Path, browser
         assert "those left out of this page ran too" in one.page.inner_text("#s5")
 
 
+@pytest.fixture(scope="module")
+def benched(whole: Bundle) -> Path:
+    """The JSON of a real, short benchmark."""
+    found = api.bench(
+        whole.path,
+        stages=["model", "half"],
+        components=["unet"],
+        rounds=3,
+        warm_up=1,
+        memory=False,
+    )
+    file = whole.path.parent / "bench.json"
+    file.write_text(json.dumps(found.to_json()))
+    return file
+
+
+def test_a_benchmark_is_shown_with_what_has_changed_since(
+    whole: Bundle, benched: Path, tmp_path: Path, browser: Browser
+) -> None:
+    data = json.loads(benched.read_text())
+    data["rows"][1]["digests"]["unet"] = "0" * 16
+    data["origin"], data["notes"] = EVIL, [EVIL]
+    changed, file = tmp_path / "bench.json", tmp_path / "page.html"
+    changed.write_text(json.dumps(data))
+    api.report(whole.path, file, Options(images=False, compare=False, benchmark=changed))
+    with opened(file, browser=browser) as one:
+        assert texts(one, "h2")[-1] == "Benchmark"
+        rows = table(one, "target")
+        states = [cells[-1] for cells in rows.values()]
+        assert states == [
+            "of the stages as they are",
+            "STALE: not the unet that the bundle holds now",
+        ]
+        assert f"{data['components'][0]['rows'][0]['spread']['p50']:.4g}" in one.page.inner_text(
+            "#s4"
+        )
+        assert any("unet: ms per call" in text for text in texts(one, "#s4 div.chart"))
+        assert one.page.title() == "sdopt report: toy"
+        assert one.complaints == []
+    for text in ("{", "[]", "{}", '{"kind": "bench", "schema": 1}'):
+        changed.write_text(text)
+        with pytest.raises(UsageError, match=r"no JSON of sdopt bench|no report|not whole"):
+            api.report(whole.path, file, Options(benchmark=changed))
+
+
 def evaluation(folder: Path, bundle: Bundle) -> Path:
     """What ``sdopt eval`` leaves, as far as the page reads it."""
     stages = {}

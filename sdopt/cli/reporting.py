@@ -34,6 +34,9 @@ def report(
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Compare every stage with the raw one.")
     ] = True,
+    bench: Annotated[
+        Path | None, typer.Option(help="Show this JSON file of sdopt bench, too.")
+    ] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Show this folder of sdopt eval, too.")
     ] = None,
@@ -44,7 +47,7 @@ def report(
     from sdopt.reporting.samples import PROMPTS, Drawing
 
     drawing = Drawing(tuple(prompt or PROMPTS), steps, guidance, seed)
-    options = Options(component, stage, compare, images, drawing, evaluation)
+    options = Options(component, stage, compare, images, drawing, bench, evaluation)
     with render.progress("report") as tell:
         made = api.report(bundle, output, options, progress=tell)
     for note in made.notes:

@@ -15,7 +15,7 @@ from sdopt.drawing.page import Page, require
 from sdopt.errors import UsageError
 from sdopt.machine import machine
 from sdopt.report import Progress, part
-from sdopt.reporting import evaluated
+from sdopt.reporting import benched, evaluated
 from sdopt.reporting.costs import costs
 from sdopt.reporting.gather import gather
 from sdopt.reporting.numbers import numbers
@@ -37,6 +37,7 @@ class Options:
         compare: whether outputs are measured.
         images: whether images are drawn.
         drawing: which.
+        benchmark: the JSON of an ``sdopt bench``, whose tables and charts are shown.
         evaluation: the folder of an ``sdopt eval``, whose scores and images are shown.
     """
 
@@ -45,6 +46,7 @@ class Options:
     compare: bool = True
     images: bool = True
     drawing: Drawing = field(default_factory=Drawing)
+    benchmark: Path | None = None
     evaluation: Path | None = None
 
 
@@ -70,8 +72,8 @@ def report(
     Raises:
         BundleError: no bundle there.
         UnknownNameError: a component or stage that is not there.
-        UsageError: the folder of the output or the evaluation is not there, or numbers that cannot
-            be.
+        UsageError: the output's folder, the benchmark or the evaluation is not there, or numbers
+            that cannot be.
         MissingDependencyError: jinja2 or vl-convert-python is not installed.
         StorageError: the page cannot be written.
     """
@@ -79,6 +81,7 @@ def report(
     opened = Bundle.open(bundle)
     require()
     _check(path, wanted)
+    times = benched.read(wanted.benchmark) if wanted.benchmark is not None else None
     scores = evaluated.read(wanted.evaluation) if wanted.evaluation is not None else None
     tell = part(progress, 0, 1)
     all_ = gather(opened, wanted.components, wanted.stages)
@@ -91,6 +94,8 @@ def report(
         notes += numbers(page, all_, wanted.drawing.seed, part(tell, 0, 2))
     if wanted.images:
         notes += samples(page, all_, wanted.drawing, part(tell, 1, 2))
+    if times is not None:
+        benched.benchmark(page, opened, times)
     if scores is not None:
         evaluated.evaluation(page, opened, scores)
     page.write(path)
