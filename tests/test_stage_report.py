@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from sdopt.bundle import RAW, Bundle
 from sdopt.errors import BundleError
 from sdopt.report import ComponentReport, PassReport, Report, Skip
 from sdopt.stage_report import StageReport, find, path_of
-from tests.test_bundle import KILLED, make_bundle
+from tests.test_bundle import make_bundle
 
 
 def optimized(root: Path, passes: str = "clean", **options: object) -> stage_report.Found:
@@ -226,24 +225,3 @@ def test_nothing_takes_it_for_a_stage(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     assert Bundle.open(tmp_path).components == ("unet",)
     assert isinstance(bundle.stage("unet", "optimized").load(), ir.Model)
-
-
-def test_a_kill_leaves_none_that_is_cut_short_or_wrongly_believed(tmp_path: Path) -> None:
-    """Die before each step that touches the disk; what is there then is of a stage that was."""
-    make_bundle(tmp_path)
-    first = optimized(tmp_path).report
-    assert first is not None
-    seen = set()
-    for step in range(1, 40):
-        api.optimize(tmp_path, "clean", force=True)
-        ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(step)], check=False)
-        found, stage = of(tmp_path), Bundle.open(tmp_path).stage("unet", "optimized")
-        seen.add((found.report is not None, found.stale))
-        if found.report is not None:
-            steps = [one.spec for one in found.report.component.passes]
-            assert steps == [one.spec for one in stage.record.history]
-        assert "cannot be used" not in found.why
-        if ran.returncode == 0:
-            break
-        assert ran.returncode == -signal.SIGKILL
-    assert seen == {(True, False), (False, True), (False, False)}
