@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdopt import reading
+
 Progress = Callable[[str, float], None]
 """Is told what a verb does now, and which share of it is done (0 to 1)."""
 
@@ -143,18 +145,12 @@ class PassReport:
         """What ``to_json`` wrote; fields of a later release are left out.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is something else.
+            KeyError, TypeError: it is something else.
         """
-        plain = _known(cls, data)
-        plain |= _typed(data, {str: ("spec", "numerics", "intent"), float: ("seconds",)})
-        plain |= _typed(data, {int: ("nodes_before", "nodes_after", "new_bytes")})
-        plain["skips"] = tuple(
-            Skip(str(one["reason"]), str(one["where"]), str(one["kind"])) for one in data["skips"]
-        )
+        plain = reading.fields(cls, data)
+        plain["skips"] = tuple(Skip(**reading.fields(Skip, one)) for one in data["skips"])
         for name in ("notes", "reads"):
-            plain[name] = tuple(map(str, data[name]))
-        for name in ("ops_before", "ops_after", "rewrites", "present"):
-            plain[name] = {str(what): int(times) for what, times in data[name].items()}
+            plain[name] = tuple(data[name])
         return cls(**plain)
 
 
@@ -186,11 +182,9 @@ class ComponentReport:
         """What ``to_json`` wrote; fields of a later release are left out.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is something else.
+            KeyError, TypeError: it is something else.
         """
-        plain = _known(cls, data)
-        plain |= _typed(data, {str: ("component", "stage", "file", "digest"), float: ("seconds",)})
-        plain |= _typed(data, {int: ("nodes", "bytes_written"), dict: ("artifact",)})
+        plain = reading.fields(cls, data)
         plain["notes"] = [str(note) for note in data["notes"]]
         plain["passes"] = [PassReport.from_json(one) for one in data["passes"]]
         return cls(**plain)
@@ -216,13 +210,3 @@ class Report:
         """Plain dicts and lists, ready for ``json.dumps``; each pass with its ``coverage``."""
         components = [one.to_json() for one in self.components]
         return {**dataclasses.asdict(self), "components": components, "met": self.met}
-
-
-def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {one.name for one in dataclasses.fields(cls)}
-    return {key: value for key, value in data.items() if key in names}
-
-
-def _typed(data: Mapping[str, Any], types: Mapping[type, tuple[str, ...]]) -> dict[str, Any]:
-    """Those fields, each as its type or an error."""
-    return {name: kind(data[name]) for kind, names in types.items() for name in names}

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdopt import datafile
+from sdopt import datafile, reading
 from sdopt.errors import BundleError
 from sdopt.machine import machine, peak_rss_bytes
 from sdopt.manifest import read_object
@@ -74,19 +74,12 @@ class StageReport:
         """
         data = read_object(text, where)
         try:
-            command = tuple(map(str, data["command"]))
-            if not command:
+            plain = reading.fields(cls, data)
+            if not plain["command"]:
                 raise ValueError("it holds no command")  # noqa: TRY301
-            return cls(
-                verb=str(data["verb"]),
-                command=command,
-                component=ComponentReport.from_json(data["component"]),
-                written=str(data["written"]),
-                machine=str(data["machine"]),
-                peak_rss_bytes=int(data["peak_rss_bytes"]),
-                schema=int(data["schema"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            component = ComponentReport.from_json(plain["component"])
+            return cls(**{**plain, "component": component, "command": tuple(plain["command"])})
+        except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 "this report of a stage cannot be read",
                 where=where,

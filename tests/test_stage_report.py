@@ -151,7 +151,7 @@ def test_a_report_of_what_the_stage_was_is_not_believed(tmp_path: Path) -> None:
     ("text", "why"),
     [
         ("", "JSONDecodeError"),
-        ("[]", "AttributeError"),
+        ("[]", "no JSON object"),
         ('{"schema": 1}', "KeyError"),
         ('{"schema": 1, "command": [], "component": {}}', "no command"),
         ('{"schema": 99}', "schema is 99"),

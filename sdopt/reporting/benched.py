@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from sdopt import reading
 from sdopt.bench import BenchReport, text
 from sdopt.bench.tables import Row
 from sdopt.bundle import Bundle
@@ -21,13 +21,11 @@ def read(path: Path) -> BenchReport:
         UsageError: there is none, or it cannot be read.
     """
     try:
-        data = json.loads(path.read_text("utf-8", "replace"))
-    except (OSError, json.JSONDecodeError) as error:
+        data = reading.table(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(
             "there is no JSON of sdopt bench here", where=str(path), why=str(error), hint=_HOW
         ) from error
-    if not isinstance(data, dict):
-        raise UsageError("this is no report of sdopt bench", where=str(path), hint=_HOW)
     return BenchReport.from_json(data)
 
 
