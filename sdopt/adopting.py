@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from sdopt import companions, modelfile, provenance
+from sdopt import companions, modelfile, provenance, stage_report
 from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle, Stage
 from sdopt.errors import BundleError, SourceError, UsageError, storage_error
 from sdopt.manifest import RECORD_KEY, ComponentEntry, StageRecord
@@ -84,8 +85,13 @@ def adopt(
             one = ComponentReport(component, RAW, str(stage.path), stage.digest, up_to_date=True)
         else:
             tell("write", 0.1)
-            report.notes += _settle(model)
+            notes = _settle(model)
+            report.notes += notes
             one = _commit(bundle, model, component, path, key)
+            one.seconds = time.perf_counter() - start
+            words = ("adopt", str(source), "-o", stage_report.BUNDLE, "--component", component)
+            told = dataclasses.replace(one, notes=notes)
+            stage_report.keep(bundle.file(component, RAW), "adopt", words, told)
         bundle.write_manifest()
     report.seconds = one.seconds = time.perf_counter() - start
     report.components.append(one)

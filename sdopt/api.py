@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sdopt.evaluating import Evaluation
     from sdopt.precision import PrecisionReport
     from sdopt.recorded import Recording
+    from sdopt.reporting import Options, Written
     from sdopt.runtime.generate import Generated
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "pack",
     "precision",
     "record",
+    "report",
     "run",
 ]
 
@@ -246,3 +248,30 @@ def evaluate(
     from sdopt import evaluating
 
     return evaluating.evaluate(bundle, prompts, output, **options)
+
+
+def report(
+    bundle: str | Path,
+    output: str | Path,
+    options: Options | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Written:
+    """Write one self-contained HTML page about a whole bundle.
+
+    It shows what came from what, what each pass did and left, what that cost, how far each stage
+    is from the raw one, and images by each. What cannot be computed here is said in the page and
+    in the notes.
+
+    Args:
+        bundle: the bundle's directory.
+        output: the page's file.
+        options: which stages and components, and what is measured (``sdopt.reporting.Options``).
+        progress: is told what is being done.
+
+    Raises:
+        SdoptError: see ``sdopt.reporting.report``.
+    """
+    from sdopt import reporting
+
+    return reporting.report(bundle, output, options, progress=progress)

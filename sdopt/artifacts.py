@@ -75,6 +75,13 @@ def recorded(path: Path) -> Artifact | None:
     return found if found.size == path.stat().st_size else None
 
 
+def under(folder: Path) -> list[tuple[Path, Artifact]]:
+    """Every artifact with a record below a folder; the bytes are not read."""
+    paths = (path.with_suffix("") for path in sorted(folder.rglob("*.json")))
+    found = ((path, recorded(path)) for path in paths)
+    return [(path, one) for path, one in found if one is not None]
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A scratch folder beside ``path`` for a compiler to write into; gone in any case afterwards.

@@ -14,6 +14,7 @@ from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline
 from sdopt.report import ComponentReport, Progress, Report, part
 from sdopt.shapes import PIXELS_PER_LATENT, Extent, Request, Size, parse_sizes
+from sdopt.stage_report import BUNDLE
 from sdopt.staging import Job
 from sdopt.targets.base import Order, Target
 
@@ -40,6 +41,16 @@ class Plan:
     force: bool = False
     dry_run: bool = False
 
+    def command(self, target: Target) -> tuple[str, ...]:
+        """The words of ``sdopt build`` that say the same of a target."""
+        words = ["build", BUNDLE, "--target", str(target)]
+        words += ["--shapes", self.shapes] * bool(self.shapes)
+        words += ["--batch", _extent(self.batch)] * (self.batch != (1, 1))
+        for name, extent in self.dims.items():
+            words += ["--dim", f"{name}={_extent(extent)}"]
+        words += ["--emit-only"] * self.emit_only + ["--check"] * self.check_only
+        return tuple(words)
+
 
 def build(
     bundle: Bundle,
@@ -61,7 +72,7 @@ def build(
     request = _request(bundle, plan)
     if target.compiled:
         _refuse_unsaid(bundle, request, components, source)
-    target = target.sized(request)
+    asked, target = target, target.sized(request)
     if not (plan.emit_only or plan.check_only):
         target.check_available()
     job = Job(
@@ -75,6 +86,7 @@ def build(
         part(progress, 0, 2),
         target=target,
         prove=not (plan.emit_only or plan.check_only),
+        command=plan.command(asked),
     )
     report = job.run("build", components)
     report.notes += target.notes()
@@ -97,6 +109,11 @@ def build(
                 _compile(one, order, target, plan.force)
     report.seconds += time.perf_counter() - start
     return report
+
+
+def _extent(extent: tuple[int, int]) -> str:
+    low, high = extent
+    return str(low) if low == high else f"{low}..{high}"
 
 
 def _request(bundle: Bundle, plan: Plan) -> Request:

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sdopt import companions, datafile, modelfile, reading
+from sdopt import companions, datafile, modelfile, reading, stage_report
 from sdopt.errors import BundleError, UnknownNameError
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest, StageRecord
 from sdopt.spec import suggest
@@ -216,13 +216,14 @@ class Bundle:
 
         The rename of ``<stage>.onnx`` is the commit: before it the previous stage is whole, after
         it the new one is. Data files and companions that no stage uses any more are removed
-        afterwards. Call it under ``lock``.
+        afterwards, and so is the report of what the stage was. Call it under ``lock``.
         """
         path = self.file(record.component, record.stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         model.metadata_props[RECORD_KEY] = record.dumps()
         saved = modelfile.save(model, path)
         modelfile.remove_orphans(path)
+        stage_report.remove_orphans(path)
         stage = Stage(record.component, record.stage, path, saved.digest, record)
         return stage, saved.bytes_written
 

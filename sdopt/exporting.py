@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt import datafile, modelfile, provenance
+from sdopt import datafile, modelfile, provenance, stage_report
 from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle
 from sdopt.errors import BundleError, UsageError, storage_error
 from sdopt.exporters.components import COMPONENTS
@@ -43,6 +43,8 @@ def export(
     opened = open_source(str(source), dtype, components, supplied)
     merge = Merge.parse(lora, in_place=in_place)
     names = list(components or opened.component_names())
+    command = _command(str(source), dtype, in_place, supplied or {}, lora)
+    command += stage_report.only(components)
     merge.check(opened)
     keys = {name: _key(opened, name, dtype, in_place, merge) for name in names}
     root = _root(opened, output, in_place)
@@ -62,11 +64,30 @@ def export(
                 passes = merge.apply(exported, tell)
                 tell("write", 0.9)
                 component = _commit(bundle, exported, keys[name], in_place, passes)
+                component.seconds = time.perf_counter() - began
+                stage_report.keep(bundle.file(name, RAW), "export", command, component)
             component.seconds = time.perf_counter() - began
             report.components.append(component)
         bundle.write_manifest()
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _command(
+    source: str,
+    dtype: str | None,
+    in_place: bool,
+    supplied: Mapping[str, str | Path],
+    lora: Sequence[str],
+) -> tuple[str, ...]:
+    """The words of ``sdopt export`` that say the same."""
+    words = ["export", source, *(["--in-place"] if in_place else ["-o", stage_report.BUNDLE])]
+    words += ["--dtype", dtype or ""] * (dtype is not None)
+    for part_of, place in supplied.items():
+        words += [f"--{part_of.replace('_', '-')}", str(place)]
+    for one in lora:
+        words += ["--lora", one]
+    return tuple(words)
 
 
 def _root(source: Source, output: str | Path | None, in_place: bool) -> Path:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdopt import datafile, modelfile
-from sdopt.bundle import MANIFEST, OPTIMIZED, RAW, Bundle
+from sdopt import datafile, modelfile, stage_report
+from sdopt.bundle import MANIFEST, OPTIMIZED, RAW, Bundle, Stage
 from sdopt.errors import BundleError, storage_error
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest
 from sdopt.report import ComponentReport, Progress, Report, part
@@ -59,6 +59,7 @@ def pack(
         record = dataclasses.replace(chosen.record, stage=RAW, source_stage="")
         model.metadata_props[RECORD_KEY] = record.dumps()
         saved = modelfile.save(model, folder / f"{RAW}.onnx")
+        _copy_report(chosen, folder / f"{RAW}.onnx", saved.digest)
         entries[name] = ComponentEntry(name, record.role)
         report.components.append(
             ComponentReport(
@@ -75,6 +76,13 @@ def pack(
     Bundle(root, Manifest(known.origin, known.family, entries, known.sdopt)).write_manifest()
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _copy_report(chosen: Stage, copy: Path, digest: str) -> None:
+    """Let the report of the chosen stage tell of the copy, which is the same graph."""
+    if (found := stage_report.find(chosen.path, chosen.digest).report) is not None:
+        component = dataclasses.replace(found.component, file=copy.name, digest=digest)
+        stage_report.put(copy, dataclasses.replace(found, component=component))
 
 
 def _copy_files(bundle: Bundle, root: Path) -> None:

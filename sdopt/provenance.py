@@ -30,6 +30,12 @@ def versions(*packages: str) -> dict[str, str]:
     return {"sdopt": sdopt.__version__, **{name: _installed(name) for name in packages}}
 
 
+def installed(*packages: str) -> dict[str, str]:
+    """Like ``versions``, without those that are not installed."""
+    known = {one.metadata["Name"] for one in metadata.distributions()}
+    return versions(*(name for name in packages if name in known))
+
+
 @cache
 def _installed(package: str) -> str:
     return metadata.version(package)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from sdopt import reading
 
 Progress = Callable[[str, float], None]
 """Is told what a verb does now, and which share of it is done (0 to 1)."""
@@ -134,6 +136,23 @@ class PassReport:
         deltas = {n: self.ops_after.get(n, 0) - self.ops_before.get(n, 0) for n in sorted(names)}
         return {name: delta for name, delta in deltas.items() if delta}
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with ``coverage`` beside what it is computed from."""
+        return {**dataclasses.asdict(self), "coverage": [one.to_json() for one in self.coverage()]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PassReport:
+        """What ``to_json`` wrote; fields of a later release are left out.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        plain = reading.fields(cls, data)
+        plain["skips"] = tuple(Skip(**reading.fields(Skip, one)) for one in data["skips"])
+        for name in ("notes", "reads"):
+            plain[name] = tuple(data[name])
+        return cls(**plain)
+
 
 @dataclass
 class ComponentReport:
@@ -154,6 +173,22 @@ class ComponentReport:
     artifact: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, each pass with its ``coverage``."""
+        return {**dataclasses.asdict(self), "passes": [one.to_json() for one in self.passes]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ComponentReport:
+        """What ``to_json`` wrote; fields of a later release are left out.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        plain = reading.fields(cls, data)
+        plain["notes"] = [str(note) for note in data["notes"]]
+        plain["passes"] = [PassReport.from_json(one) for one in data["passes"]]
+        return cls(**plain)
+
 
 @dataclass
 class Report:
@@ -173,8 +208,5 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, ready for ``json.dumps``; each pass with its ``coverage``."""
-        plain = dataclasses.asdict(self)
-        for component, entry in zip(self.components, plain["components"], strict=True):
-            for one, data in zip(component.passes, entry["passes"], strict=True):
-                data["coverage"] = [each.to_json() for each in one.coverage()]
-        return {**plain, "met": self.met}
+        components = [one.to_json() for one in self.components]
+        return {**dataclasses.asdict(self), "components": components, "met": self.met}

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdopt import companions, modelfile, origins, provenance
-from sdopt.bundle import OPTIMIZED, Bundle, Stage
+from sdopt import companions, modelfile, origins, provenance, stage_report
+from sdopt.bundle import OPTIMIZED, RAW, Bundle, Stage
 from sdopt.errors import UsageError
 from sdopt.manifest import RECORD_KEY, StageRecord
 from sdopt.passes.base import Role
@@ -31,7 +31,10 @@ Commit = Callable[[], None]
 
 @dataclasses.dataclass
 class Job:
-    """One pipeline over the components of one bundle."""
+    """One pipeline over the components of one bundle.
+
+    ``command`` are the words of a build, but for where it starts and for which components.
+    """
 
     bundle: Bundle
     pipeline: Pipeline
@@ -44,11 +47,14 @@ class Job:
     target: Target | None = None
     prove: bool = True
     require: Sequence[Requirement] = ()
+    command: tuple[str, ...] = ()
+    _only: tuple[str, ...] = ()
 
     def run(self, verb: str, components: Sequence[str] | None) -> Report:
         """Run the pipeline over the components, under the bundle's lock."""
         report = Report(verb, str(self.bundle.path))
         names = list(components or self.bundle.components)
+        self._only = stage_report.only(components)
         for name in names:
             self.bundle.entry(name)
         with timed(report):
@@ -65,7 +71,7 @@ class Job:
         commits: list[Commit] = []
         for index, name in enumerate(names):
             tell = part(self.progress, index, len(names), name)
-            component, commit = self._component(name, tell)
+            component, commit = self._component(name, tell, report.verb)
             report.components.append(component)
             if commit is not None and not self.require:
                 commit()
@@ -76,7 +82,9 @@ class Job:
             for commit in commits:
                 commit()
 
-    def _component(self, name: str, tell: Progress) -> tuple[ComponentReport, Commit | None]:
+    def _component(
+        self, name: str, tell: Progress, verb: str
+    ) -> tuple[ComponentReport, Commit | None]:
         """The report of the passes, and what writes the stage unless that is there or not wanted.
 
         A requirement is judged by what the passes say, so they run although the stage is there.
@@ -121,11 +129,24 @@ class Job:
             )
             committed, report.bytes_written = self.bundle.commit(model, made)
             report.digest = committed.digest
-            if self.target is not None and self.prove and not self.target.compiled:
-                open_stage(self.target, committed.path)
             report.seconds += time.perf_counter() - start
+            stage_report.keep(path, verb, self._command(source), report)
+            if self.target is not None and self.prove and not self.target.compiled:
+                start = time.perf_counter()
+                open_stage(self.target, committed.path)
+                report.seconds += time.perf_counter() - start
 
         return report, commit
+
+    def _command(self, source: Stage) -> tuple[str, ...]:
+        """The words that the stage is made with, what was left to defaults spelled out."""
+        words = self.command
+        if self.target is None:
+            words = ("optimize", stage_report.BUNDLE, "--passes", str(self.pipeline))
+            words += ("--stage", self.stage) * (self.stage != OPTIMIZED)
+            words += ("--seed", str(self.seed)) * bool(self.seed)
+        is_default = source.name == (RAW if self.target is None else OPTIMIZED)
+        return (*words, *(() if is_default else ("--from", source.name)), *self._only)
 
     def _pipeline(self, role: Role) -> Pipeline:
         if self.target is None:

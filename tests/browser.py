@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 FIND = Path(__file__).parent.parent / ".ci" / "find-chromium"
 
@@ -53,22 +53,36 @@ class Opened:
 
 
 @contextmanager
-def browsing(width: int = 1280, height: int = 900) -> Iterator[Opened]:
-    """A fresh browser of that size, closed afterwards."""
+def launched() -> Iterator[Browser]:
+    """A browser for several pages; there may be only one at a time."""
     path = chromium()
     with sync_playwright() as playwright:
         # The tests may run as root, where Chromium's sandbox does not start.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:
-            yield Opened(browser.new_page(viewport={"width": width, "height": height}))
+            yield browser
         finally:
             browser.close()
 
 
 @contextmanager
-def opened(file: Path, width: int = 1280, height: int = 900) -> Iterator[Opened]:
+def browsing(
+    width: int = 1280, height: int = 900, browser: Browser | None = None
+) -> Iterator[Opened]:
+    """An empty page of that size, in a fresh browser unless one is given."""
+    with ExitStack() as stack:
+        found = browser or stack.enter_context(launched())
+        page = found.new_page(viewport={"width": width, "height": height})
+        stack.callback(page.close)
+        yield Opened(page)
+
+
+@contextmanager
+def opened(
+    file: Path, width: int = 1280, height: int = 900, browser: Browser | None = None
+) -> Iterator[Opened]:
     """A file in the browser, loaded and its charts drawn."""
-    with browsing(width, height) as one:
+    with browsing(width, height, browser) as one:
         one.page.goto(file.absolute().as_uri())
         one.charts()
         yield one

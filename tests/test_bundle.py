@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sdopt import api, modelfile
+from sdopt import api, modelfile, stage_report
 from sdopt.bundle import MANIFEST, RAW, Bundle
 from sdopt.errors import BundleError, SdoptError, UnknownNameError, UsageError, WeightsError
 from sdopt.manifest import RECORD_KEY, ComponentEntry, StageRecord
@@ -257,21 +257,32 @@ api.optimize(sys.argv[1], "cast_fp16:keep=io")
 
 
 def test_a_kill_at_any_moment_leaves_the_previous_stage_whole(tmp_path: Path) -> None:
-    """Die before each step that touches the disk, the last rename included; then go on."""
+    """Die before each step that touches the disk, the last rename included; then go on.
+
+    A report of the run that is there is whole then, and one of another stage is known for that.
+    """
     bundle = make_bundle(tmp_path)
     api.optimize(tmp_path, "clean")
     wanted = outputs(bundle, "optimized")
-    deaths = 0
+    deaths, reports = 0, set()
     for step in range(1, 40):
         api.optimize(tmp_path, "clean", force=True)
         ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(step)], check=False)
         found = outputs(Bundle.open(tmp_path), "optimized")
         np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.2)
+        stage = bundle.stage("unet", "optimized")
+        kept = stage_report.find(stage.path, stage.digest)
+        reports.add((kept.report is not None, kept.stale))
+        assert "cannot be used" not in kept.why
+        if kept.report is not None:
+            told = [one.spec for one in kept.report.component.passes]
+            assert told == [one.spec for one in stage.record.history]
         if ran.returncode == 0:
             break
         assert ran.returncode == -signal.SIGKILL
         deaths += 1
     assert deaths >= 6
+    assert reports == {(True, False), (False, True), (False, False)}
     api.optimize(tmp_path, "clean", force=True)
     assert [p.name.split("-")[0] for p in (tmp_path / "unet").glob("*.onnx_data")] == ["model"]
     np.testing.assert_array_equal(outputs(Bundle.open(tmp_path), "optimized"), wanted)

@@ -71,6 +71,7 @@ COMMANDS = [
     "precision",
     "inspect",
     "pack",
+    "report",
     "passes",
     "targets",
 ]
@@ -111,6 +112,7 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("no_hooks", ("compare", "b", "b", "--hooks", "nowhere.py")),
         ("no_prompt", ("run", "b")),
         ("no_stage_to_bench", ("bench", "b", "--stage", "optimised")),
+        ("no_stage_to_report", ("report", "b", "--stage", "optimised")),
         ("nothing_built_to_bench", ("bench", "b", "--target", "trt_rtx:dtype=fp16")),
         ("no_prompts", ("eval", "b", "--prompts", "nowhere.tsv")),
         ("no_clip", ("eval", "b", "--prompts", "lines.txt", "--clip", ".")),

@@ -104,7 +104,7 @@ def test_those_of_a_former_stage_are_removed(tmp_path: Path) -> None:
     api.optimize(tmp_path, "hoist", stage="other")
     before = set(files(tmp_path / "unet", "other*"))
     api.optimize(tmp_path, "clean")
-    assert files(tmp_path / "unet", "optimized*") == ["optimized.onnx"]
+    assert files(tmp_path / "unet", "optimized*") == ["optimized.onnx", "optimized.report.json"]
     assert set(files(tmp_path / "unet", "other*")) == before
     np.testing.assert_array_equal(out(tmp_path / "unet" / "other.onnx"), WANTED)
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from sdopt.drawing import charts
-from sdopt.drawing.charts import axis, bars, line, points
-from sdopt.drawing.page import Page
+from sdopt.drawing.charts import axis, bars, line, points, tree
+from sdopt.drawing.page import Cell, Page
 from sdopt.errors import MissingDependencyError
 from tests.browser import opened
 
@@ -132,3 +132,46 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=r"sdopt\[report\]"):
         page().html()
+
+
+def test_a_tree_goes_right_with_first_children_and_down_with_others() -> None:
+    def row(name: str, parent: str = "") -> dict[str, str]:
+        return {"id": name, "parent": parent, "label": name, "below": f"of {parent}"}
+
+    rows = [row("root"), row("a", "root"), row("b", "root"), row("c", "a"), row("other", "gone")]
+    made = tree("lineage", [*rows, row("x", "y"), row("y", "x")])
+    placed = {one["id"]: (one["x"], one["y"]) for one in made.spec["data"]["values"]}
+    assert placed == {
+        "root": (0, 0),
+        "a": (1, 0),
+        "c": (2, 0),
+        "b": (1, 1),
+        "other": (0, 2),
+        "x": (0, 3),
+        "y": (1, 3),
+    }
+    joints = made.spec["layer"][0]["data"]["values"]
+    assert {"x": 0, "y": 0, "x2": 0, "y2": 1} in joints
+    assert {"x": 0, "y": 1, "x2": 1, "y2": 1} in joints
+    assert made.png()
+    assert tree("none", []).png()
+
+
+def test_what_is_folded_holds_anything(tmp_path: Path) -> None:
+    made = Page("folds")
+    with made.folded(f"outer {EVIL}"):
+        made.table(["a"], [[Cell(f"bad {EVIL}", "bad")]])
+        with made.folded("inner"):
+            made.chart(error_plot())
+    made.text("after")
+    file = tmp_path / "folds.html"
+    made.write(file)
+    with opened(file) as one:
+        assert not one.page.locator("td").is_visible()
+        one.page.locator("summary").first.click()
+        assert one.page.locator("td .bad").inner_text() == f"bad {EVIL}"
+        assert not one.page.locator("svg.marks").is_visible()
+        one.page.locator("summary", has_text="inner").click()
+        assert one.page.locator("details details svg.marks").is_visible()
+        assert one.page.locator("main > section > p").inner_text() == "after"
+        assert one.complaints == []

@@ -15,7 +15,7 @@ from sdopt.spec import snake_case
 PACKAGE = Path(__file__).parent.parent / "sdopt"
 
 LAYERS = (
-    ("errors",),
+    ("errors", "machine", "units"),
     ("reading", "spec", "shapes"),
     ("manifest",),
     ("blocks",),
@@ -25,7 +25,7 @@ LAYERS = (
     ("modelfile",),
     ("tolerance", "registry", "flops", "artifacts", "recorded"),
     ("report",),
-    ("requirements", "nonfinite", "drawing"),
+    ("requirements", "nonfinite", "drawing", "stage_report"),
     ("bundle",),
     ("adapters",),
     ("passes",),
@@ -33,6 +33,7 @@ LAYERS = (
     ("provenance", "merging"),
     ("adopting", "compare", "exporting", "inspection", "packing", "pages", "staging"),
     ("building", "bench", "evaluating", "precision"),
+    ("reporting",),
     ("api",),
     ("cli", "ui", "sweep"),
     ("__main__",),

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from sdopt.cli import benching, building, evaluating, generate, inspecting, precision, transform
+from sdopt.cli import (
+    benching,
+    building,
+    evaluating,
+    generate,
+    inspecting,
+    precision,
+    reporting,
+    transform,
+)
 
 app = typer.Typer(
     name="sdopt",
@@ -47,6 +56,7 @@ app.command("eval")(evaluating.evaluate)
 app.command("compare")(inspecting.compare)
 app.command("precision")(precision.precision)
 app.command("inspect")(inspecting.inspect)
+app.command("report")(reporting.report)
 app.command("pack")(transform.pack)
 app.command("passes")(inspecting.passes)
 app.command("targets")(inspecting.targets)

@@ -10,6 +10,7 @@ import typer
 
 from sdopt.cli import render
 from sdopt.cli.options import Components, Json, ModelArgument, one_size_each
+from sdopt.units import size
 
 if TYPE_CHECKING:
     from sdopt.compare import LayerComparison
@@ -59,7 +60,7 @@ def _graph(one: dict[str, Any]) -> None:
             shape = ", ".join(map(str, value["shape"]))
             render.result(f"    {kind[:-1]:<6} {value['name']}: {value['dtype']} [{shape}]")
     top = ", ".join(f"{count} {name}" for name, count in list(one["ops"].items())[:8])
-    weights = render.size(one["weight_bytes"])
+    weights = size(one["weight_bytes"])
     render.result(f"    opset {one['opset']}, {one['nodes']} nodes ({top}), {weights} of weights")
     for bad in one.get("nonfinite", ()):
         counts = f"{bad['nan']} NaN and {bad['infinite']} infinite of {bad['size']}"

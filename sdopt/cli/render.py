@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdopt.errors import InterruptedByUserError
+from sdopt.units import size
 
 if TYPE_CHECKING:
     from sdopt.report import ComponentReport, Coverage, PassReport, Progress, Report
@@ -72,16 +73,6 @@ def _bar(label: str) -> Iterator[Progress]:
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=1.0)
         yield lambda what, share: bar.update(task, description=f"{label} {what}", completed=share)
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that reads best."""
-    number = float(count)
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.2f} GB"
 
 
 def report(one: Report, as_json: bool) -> None:

@@ -135,7 +135,7 @@ def bars(
         "data": {"values": list(rows)},
         "mark": {"type": "bar", "tooltip": True},
         "encoding": encoding,
-        "height": {"step": 22},
+        "height": {"step": 22 if stacked or color is None else 12},
     }
     return Chart(title, spec, texts)
 
@@ -155,11 +155,7 @@ def points(
 
     A field of the tooltip that is called ``image`` and holds a data URL is shown as a picture.
     """
-    encoding: dict[str, Any] = {
-        "x": {"scale": {"zero": False}, **x},
-        "y": {"scale": {"zero": False}, **y},
-        "tooltip": _tooltip(tooltip),
-    }
+    encoding: dict[str, Any] = {"x": _tight(x), "y": _tight(y), "tooltip": _tooltip(tooltip)}
     if color is not None:
         encoding["color"] = color
     layers: list[dict[str, Any]] = [
@@ -169,6 +165,106 @@ def points(
         mark = {"type": "text", "align": "left", "dx": 8}
         layers.append({"mark": mark, "encoding": {**encoding, "text": {"field": label}}})
     return Chart(title, {"data": {"values": list(rows)}, "layer": layers}, texts)
+
+
+def _tight(encoding: Row) -> Row:
+    """An axis that need not show zero, where it is one that would."""
+    if encoding["type"] != "quantitative" or "scale" in encoding:
+        return encoding
+    return {**encoding, "scale": {"zero": False}}
+
+
+_LANE, _LEVEL = 46, 170
+"""Pixels between two lanes of a tree and between two of its levels."""
+
+
+def tree(
+    title: str,
+    rows: Sequence[Row],
+    *,
+    color: Row | None = None,
+    tooltip: Sequence[str] = (),
+    texts: str = "",
+) -> Chart:
+    """What came from what, from left to right.
+
+    Each row has an ``id``, the id of its ``parent`` (empty, or none of the rows', for a root), a
+    ``label``, and a ``below`` that stands under the label in small.
+    """
+    placed = _placed(rows)
+    at = {row["id"]: row for row in placed}
+    joints = [joint for row in placed if row.get("parent") in at for joint in _joints(row, at)]
+    levels = 1 + max((row["x"] for row in placed), default=0)
+    lanes = 1 + max((row["y"] for row in placed), default=0)
+
+    def place(name: str, top: float) -> Row:
+        low = -0.6 if name == "y" else -0.05
+        scale = {"domain": [low, top], "nice": False, "zero": False, "reverse": name == "y"}
+        return {"field": name, "type": "quantitative", "axis": None, "scale": scale}
+
+    where = {"x": place("x", levels), "y": place("y", lanes - 0.4)}
+    encoding: dict[str, Any] = {**where, "tooltip": _tooltip(tooltip)}
+    if color is not None:
+        encoding["color"] = color
+    left = {"type": "text", "align": "left"}
+    spec = {
+        "data": {"values": placed},
+        "width": levels * _LEVEL,
+        "height": lanes * _LANE,
+        "layer": [
+            {
+                "data": {"values": joints},
+                "mark": {"type": "rule", "color": "#8c959f"},
+                "encoding": {**where, "x2": {"field": "x2"}, "y2": {"field": "y2"}},
+            },
+            {"mark": {"type": "point", "filled": True, "size": 90}, "encoding": encoding},
+            {
+                "mark": {**left, "dx": 8, "dy": -9, "fontWeight": "bold"},
+                "encoding": {**where, "text": {"field": "label"}},
+            },
+            {
+                "mark": {**left, "dx": 8, "dy": 10, "fontSize": 10, "color": "#57606a"},
+                "encoding": {**where, "text": {"field": "below"}},
+            },
+        ],
+    }
+    return Chart(title, spec, texts)
+
+
+def _joints(row: Row, at: Mapping[str, Row]) -> list[Row]:
+    """From a row's parent to its own lane, and along that: no line crosses a label."""
+    parent = at[row["parent"]]
+    corner = {"x": parent["x"], "y": row["y"]}
+    return [
+        {"x": parent["x"], "y": parent["y"], "x2": corner["x"], "y2": corner["y"]},
+        {**corner, "x2": row["x"], "y2": row["y"]},
+    ]
+
+
+def _placed(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of a tree with ``x``, their level, and ``y``, their lane: first children go on."""
+    known = {row["id"] for row in rows}
+    children: dict[str, list[Row]] = {}
+    for row in rows:
+        parent = row.get("parent", "")
+        children.setdefault(parent if parent in known else "", []).append(row)
+    placed: dict[str, dict[str, Any]] = {}
+    lanes = 0
+
+    def walk(row: Row, level: int) -> None:
+        nonlocal lanes
+        placed[row["id"]] = {**row, "x": level, "y": lanes}
+        below = [one for one in children.get(row["id"], ()) if one["id"] not in placed]
+        for index, child in enumerate(below):
+            lanes += bool(index)
+            walk(child, level + 1)
+
+    # Rows that came from each other in a circle have no root: the first of them serves.
+    for root in (*children.get("", ()), *rows):
+        if root["id"] not in placed:
+            lanes += bool(placed)
+            walk(root, 0)
+    return list(placed.values())
 
 
 def _tooltip(fields: Sequence[str]) -> list[Row]:

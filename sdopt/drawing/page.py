@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,17 @@ for (const one of document.querySelectorAll("div.chart")) {
 """
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table that stands out; ``tone`` is ``good``, ``bad`` or nothing."""
+
+    text: str
+    tone: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Page:
     """A page that is filled from top to bottom; whatever is put in is escaped.
 
@@ -36,12 +49,14 @@ class Page:
     def __init__(self, title: str, *lead: str) -> None:
         self._title, self._lead = title, lead
         self._sections: list[dict[str, Any]] = []
+        self._items: list[dict[str, Any]] = []
         self._charts = 0
 
     def section(self, title: str = "") -> None:
         """What follows stands under this title, which the list on top leads to."""
         number = 1 + sum(1 for one in self._sections if one["title"])
-        self._sections.append({"title": title, "number": number, "items": []})
+        self._items = []
+        self._sections.append({"title": title, "number": number, "content": self._items})
 
     def heading(self, text: str) -> None:
         """A title inside a section."""
@@ -59,10 +74,24 @@ class Page:
         """Lines that are folded away below a summary."""
         self._add("details", summary=summary, lines=list(lines))
 
+    @contextmanager
+    def folded(self, summary: str) -> Iterator[None]:
+        """What is put in inside is folded away below a summary."""
+        items: list[dict[str, Any]] = []
+        self._add("folded", summary=summary, content=items)
+        outer, self._items = self._items, items
+        try:
+            yield
+        finally:
+            self._items = outer
+
     def table(
         self, heads: Sequence[str], rows: Sequence[Sequence[object]], caption: str = ""
     ) -> None:
-        """A table; a column that holds numbers only (or texts that read as one) stands right."""
+        """A table; a column that holds numbers only (or texts that read as one) stands right.
+
+        A cell is a ``Cell`` where it stands out.
+        """
         numeric = [
             bool(rows) and all(_is_number(row[index]) for row in rows)
             for index in range(len(heads))
@@ -114,7 +143,17 @@ class Page:
     def _add(self, kind: str, **fields: Any) -> None:
         if not self._sections:
             self.section()
-        self._sections[-1]["items"].append({"kind": kind, **fields})
+        self._items.append({"kind": kind, **fields})
+
+
+def require() -> None:
+    """See that all that a page with charts needs is there, before anything is measured for it.
+
+    Raises:
+        MissingDependencyError: jinja2 or vl-convert-python is not installed.
+    """
+    renderer()
+    _template()
 
 
 def data_url(image: Image) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from sdopt import api
+from sdopt import api, stage_report
 from sdopt.bundle import Bundle
 from sdopt.errors import BundleError, SdoptError, SourceError, StorageError, UsageError
 
@@ -56,6 +56,16 @@ def test_a_bundle_has_what_a_pipeline_needs(exported_bundle: Path) -> None:
     assert Bundle.open(exported_bundle).components == ("vae_decoder",)
 
 
+def test_the_run_that_exported_is_kept(exported_bundle: Path, pipeline: Path) -> None:
+    stage = Bundle.open(exported_bundle).stage("vae_decoder", "model")
+    found = stage_report.find(stage.path, stage.digest).report
+    assert found is not None
+    words = ("export", str(pipeline), "-o", "BUNDLE", "--component", "vae_decoder")
+    assert found.command == words
+    assert found.component.bytes_written > 0
+    assert found.component.seconds > 0
+
+
 def test_the_weights_are_the_checkpoints_own_bytes(exported_bundle: Path, pipeline: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -93,7 +103,8 @@ def test_in_place_writes_graphs_and_no_weights(copy: Path, exported_bundle: Path
     new = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()} - {
         str(p.relative_to(copy)) for p in before
     }
-    assert new == {".sdopt.lock", "manifest.json", "vae/vae_decoder.model.onnx"}
+    graph = "vae/vae_decoder.model"
+    assert new == {".sdopt.lock", "manifest.json", f"{graph}.onnx", f"{graph}.report.json"}
     wanted = decode(exported_bundle)
     np.testing.assert_array_equal(decode(copy, "vae", "vae_decoder.model"), wanted)
     api.optimize(copy, "clean")
