@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
 from sdopt.session import Port, checked_feeds
 from sdopt.targets._ort_session import explained, ports, session_options
 from sdopt.targets._ort_weights import model_with
+
+_NOT_CAPTURED = "cannot use the graph capture feature"
+"""What onnxruntime 1.31 says of a graph with nodes on the host."""
 
 NO_GRAPH = "-1"
 """The graph id of a run that onnxruntime must not capture."""
@@ -33,7 +37,8 @@ class OrtCudaSession:
     """An ONNX file on ONNX Runtime's CUDA provider.
 
     For each set of input shapes the buffers are allocated once; with ``cuda_graph`` the kernels
-    between them are captured at the second run and replayed from then on.
+    between them are captured at the second run and replayed from then on. A graph with nodes that
+    onnxruntime computes on the host cannot be captured, and runs without; ``captures`` says so.
     """
 
     def __init__(
@@ -62,13 +67,23 @@ class OrtCudaSession:
         }
         model, kept = model_with(path, weights or {}, options)
         with explained("onnxruntime cannot load this graph", self._where):
-            self._session = onnxruntime.InferenceSession(
-                model, options, providers=[("CUDAExecutionProvider", given)]
-            )
+            try:
+                self._session = _opened(model, options, given)
+            except raised.Fail as error:
+                if not cuda_graph or _NOT_CAPTURED not in str(error):
+                    raise
+                # A text encoder's index arithmetic runs on the host; its launches are few.
+                self._graph = False
+                self._session = _opened(model, options, {**given, "enable_cuda_graph": "0"})
         kept.clear()  # the session has copies
         self.inputs: Mapping[str, Port] = ports(self._session.get_inputs(), self._where)
         self.outputs: Mapping[str, Port] = ports(self._session.get_outputs(), self._where)
         self._bound: dict[tuple[tuple[int, ...], ...], Bound] = {}
+
+    @property
+    def captures(self) -> bool:
+        """Whether runs are captured as CUDA graphs."""
+        return self._graph
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute every output; float feeds are cast to the declared dtype.
@@ -117,6 +132,13 @@ class OrtCudaSession:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         return binding
+
+
+def _opened(
+    model: str | bytes, options: onnxruntime.SessionOptions, given: Mapping[str, str]
+) -> onnxruntime.InferenceSession:
+    providers = [("CUDAExecutionProvider", dict(given))]
+    return onnxruntime.InferenceSession(model, options, providers=providers)
 
 
 def _run_options(graph_id: str) -> Any:
