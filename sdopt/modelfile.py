@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
-from sdopt import companions, datafile, origins, wellformed
+from sdopt import companions, datafile, onnx_metadata, origins, wellformed
 from sdopt.errors import BundleError, WeightsError
 from sdopt.weights import INLINE_BYTES, check_location, identity
 
@@ -55,12 +55,15 @@ def load(path: Path) -> ir.Model:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """An ONNX file's own metadata; its companions and weights are not looked at.
+    """An ONNX file's own metadata; in one that sdopt wrote nothing else is looked at.
 
     Raises:
         BundleError: no such file, or not an ONNX file.
     """
-    return dict(_parsed(path, "no such ONNX file", None).metadata_props)
+    found = onnx_metadata.ours(path)
+    return (
+        dict(_parsed(path, "no such ONNX file", None).metadata_props) if found is None else found
+    )
 
 
 def _load_one(path: Path, missing: str, hint: str | None) -> ir.Model:

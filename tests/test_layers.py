@@ -21,7 +21,7 @@ LAYERS = (
     ("blocks",),
     ("weights",),
     ("graph", "datafile", "session", "safetensors_header", "companions", "origins"),
-    ("fingerprint", "wellformed"),
+    ("fingerprint", "onnx_metadata", "wellformed"),
     ("modelfile",),
     ("tolerance", "registry", "flops", "artifacts", "recorded"),
     ("report",),

@@ -6,11 +6,11 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 
 import sdopt
 from sdopt.bench.device import cards
 from sdopt.bench.report import Machine
+from sdopt.machine import memory_bytes, processor, usable_cores
 
 PACKAGES = (
     "onnxruntime",
@@ -36,37 +36,14 @@ def machine(packages: Iterable[str] = ()) -> Machine:
     known = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     found = {name: known[name] for name in dict.fromkeys([*PACKAGES, *packages]) if name in known}
     return Machine(
-        cpu=_cpu(Path("/proc/cpuinfo")),
+        cpu=processor(),
         cores=os.cpu_count() or 1,
-        usable_cores=_usable(),
-        memory_bytes=_memory(),
+        usable_cores=usable_cores(),
+        memory_bytes=memory_bytes(),
         cards=cards(),
         os=platform.platform(),
         python=platform.python_version(),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load=os.getloadavg()[0],
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         versions={"sdopt": sdopt.__version__, **found},
     )
-
-
-def _cpu(path: Path) -> str:
-    """The processor's name: Linux tells it in a file, other systems to ``platform``."""
-    if path.is_file():
-        for line in path.read_text("utf-8", "replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _usable() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory() -> int | None:
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

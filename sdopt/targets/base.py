@@ -6,7 +6,6 @@ import abc
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import onnx_ir as ir
 
 from sdopt import graph, spec
 from sdopt.errors import BuildError, MissingDependencyError, UsageError
+from sdopt.machine import version_of
 from sdopt.passes.base import Role
 from sdopt.report import Progress
 from sdopt.session import Session
@@ -225,7 +225,7 @@ class Target(abc.ABC):
             MissingDependencyError: the packages are not installed.
         """
         self.check_available()
-        return {package: metadata.version(package) for package in self.packages.values()}
+        return dict(version_of(module, package) for module, package in self.packages.items())
 
     def lowering_versions(self) -> dict[str, str]:
         """Versions of what decides the lowered graph; those of a compiler decide its artifact."""

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from sdopt import registry, spec
@@ -170,3 +172,56 @@ def test_files_that_do_not_load(tmp_path: Path, capfd: pytest.CaptureFixture[str
         Ort().open(saved(model_of(half, CONSTANTS), tmp_path))
     assert "--dtype fp16" in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+def test_the_version_is_that_of_the_package_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With onnxruntime-gpu alone the module is there and its usual package is not."""
+    known = {"onnxruntime-gpu": "1.31.1"}
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(
+        metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]}
+    )
+    assert Ort().versions() == known
+
+
+@pytest.mark.parametrize(
+    ("message", "captures"),
+    [
+        ("This session cannot use the graph capture feature as requested by the user", True),
+        ("out of memory", None),
+    ],
+)
+def test_a_graph_with_nodes_on_the_host_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, message: str, captures: bool | None
+) -> None:
+    """What onnxruntime 1.31 said of SD1.5's text encoder on an H100."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as raised
+
+    from sdopt.targets import _ort_cuda_session as cuda
+
+    asked: list[str] = []
+    plain = onnxruntime.InferenceSession
+
+    def opened(model: str, options: onnxruntime.SessionOptions, **more: object) -> object:
+        ((_, given),) = more["providers"]  # type: ignore[misc, attr-defined]
+        asked.append(given["enable_cuda_graph"])
+        if given["enable_cuda_graph"] == "1":
+            raise raised.Fail(message)
+        return plain(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    path = saved(model_of(BODY, CONSTANTS), tmp_path)
+    if captures is None:
+        with pytest.raises(BuildError, match="cannot load"):
+            cuda.OrtCudaSession(path)
+        assert asked == ["1"]
+        return
+    session = cuda.OrtCudaSession(path)
+    assert asked == ["1", "0"]
+    assert not session.captures
