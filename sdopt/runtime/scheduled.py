@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -77,6 +77,19 @@ def open_stage(
     return Scheduled(plan, main, beside, str(path))
 
 
+@runtime_checkable
+class Holding(Protocol):
+    """A session on a device that takes what others left there, and leaves values there itself."""
+
+    def holds(self) -> bool:
+        """Whether that can be done here."""
+
+    def run_held(
+        self, feeds: Mapping[str, Any], held: Collection[str], *, keep: bool
+    ) -> dict[str, Any]:
+        """Compute; ``held`` outputs stay on the device, to be kept or until the next run."""
+
+
 class Scheduled:
     """Main graph and companions as one graph of the original inputs and outputs.
 
@@ -85,7 +98,8 @@ class Scheduled:
     fed what that gave at its last run, and follows the number of the step: a run begins with the
     main graph, and so does whatever does not look like the next step of the run (a timestep that
     is not below the last one, another prompt, another size). Schedulers that visit a timestep
-    twice in a row (PNDM, Heun) count both visits.
+    twice in a row (PNDM, Heun) count both visits. What one graph gives another does not leave a
+    card that all of them are on.
     """
 
     def __init__(
@@ -97,11 +111,13 @@ class Scheduled:
         self._where = where
         self._before = [one for one in plan.graphs if not Schedule(one.schedule).in_place]
         self._instead = [one for one in plan.graphs if Schedule(one.schedule).in_place]
-        self._kept: dict[str, OrderedDict[Key, dict[str, np.ndarray]]] = {
+        self._kept: dict[str, OrderedDict[Key, dict[str, Any]]] = {
             one.name: OrderedDict() for one in self._before
         }
         self._keyed = {*plan.same, *(name for one in self._before for name in one.takes)}
         self._run = _Run()
+        sessions = (main, *beside.values())
+        self._holding = all(isinstance(one, Holding) and one.holds() for one in sessions)
         ports = self._ports()
         self.inputs: Mapping[str, Port] = {name: ports[name] for name in plan.inputs}
         self.outputs: Mapping[str, Port] = {name: main.outputs[name] for name in plan.outputs}
@@ -129,7 +145,8 @@ class Scheduled:
         if (shallow := self._shallow(values, keys)) is not None:
             values |= self._run.carried
             return self._compute(shallow.name, self._beside[shallow.name], values)
-        outputs = self._compute("main", self._main, values)
+        inner = self._main.outputs.keys() - self.outputs.keys()
+        outputs = self._compute("main", self._main, values, inner)
         given = {name: outputs.pop(name) for name in outputs.keys() - self.outputs.keys()}
         self._run.carried = given
         return {name: outputs[name] for name in self.outputs}
@@ -146,22 +163,31 @@ class Scheduled:
         step = self._run.next_step(clock, same)
         return next((o for o in self._instead if Schedule(o.schedule).replaces(step)), None)
 
-    def _result(
-        self, one: Entry, key: Key, values: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def _result(self, one: Entry, key: Key, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
         kept = self._kept[one.name]
         if key not in kept:
-            kept[key] = self._compute(one.name, self._beside[one.name], values)
+            session = self._beside[one.name]
+            kept[key] = self._compute(one.name, session, values, one.gives, keep=True)
             if len(kept) > KEPT[one.schedule]:
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
 
     def _compute(
-        self, name: str, session: Session, values: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
+        self,
+        name: str,
+        session: Session,
+        values: Mapping[str, Any],
+        held: Collection[str] = (),
+        *,
+        keep: bool = False,
+    ) -> dict[str, Any]:
+        """What a graph gives; ``held`` is for other graphs only, and stays on their device."""
         self.calls[name] += 1
-        return session.run({label: values[label] for label in session.inputs})
+        feeds = {label: values[label] for label in session.inputs}
+        if self._holding and isinstance(session, Holding):
+            return session.run_held(feeds, held, keep=keep)
+        return session.run(feeds)
 
     def _ports(self) -> dict[str, Port]:
         """The ports of every graph by name; where two take one input, the narrower dims."""
@@ -188,7 +214,7 @@ class _Run:
     """Where a denoising run is, told by the timesteps that come."""
 
     def __init__(self) -> None:
-        self.carried: dict[str, np.ndarray] = {}
+        self.carried: dict[str, Any] = {}
         self._step = 0
         self._clock = float("-inf")
         self._same: object = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Bound:
     outputs: dict[str, Any]
     binding: Any
     options: Any
+    near: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What was copied into an input from the card; the same tensor is not copied again."""
 
 
 class OrtCudaSession:
@@ -94,10 +97,52 @@ class OrtCudaSession:
         """
         arrays = checked_feeds(self.inputs, feeds, self._where)
         bound = self.bind(arrays)
+        bound.near.clear()
         for name, array in arrays.items():
             bound.inputs[name].update_inplace(array)
         self.launch(bound)
         return {name: value.numpy() for name, value in bound.outputs.items()}
+
+    def run_held(
+        self, feeds: Mapping[str, Any], held: Collection[str], *, keep: bool
+    ) -> dict[str, Any]:
+        """Like ``run``, with values that other sessions on the card gave, and some left there.
+
+        Args:
+            feeds: arrays, and tensors of torch on the card, which are copied there.
+            held: the outputs that are given as such tensors.
+            keep: whether these outlive the next run; else that writes over them.
+        """
+        import torch
+
+        near = {name: one for name, one in feeds.items() if isinstance(one, torch.Tensor)}
+        shapes = {name: np.empty(one.shape, self.inputs[name].dtype) for name, one in near.items()}
+        arrays = checked_feeds(self.inputs, {**feeds, **shapes}, self._where)
+        bound = self.bind(arrays)
+        for name, array in arrays.items():
+            if name in near:
+                if bound.near.get(name) is not near[name]:
+                    _shared(bound.inputs[name]).copy_(near[name])
+                bound.near[name] = near[name]
+            else:
+                bound.near.pop(name, None)
+                bound.inputs[name].update_inplace(array)
+        if near:
+            torch.cuda.synchronize(self._device)  # onnxruntime has a stream of its own
+        self.launch(bound)
+        found: dict[str, Any] = {}
+        for name, value in bound.outputs.items():
+            tensor = _shared(value) if name in held else None
+            found[name] = value.numpy() if tensor is None else tensor.clone() if keep else tensor
+        return found
+
+    def holds(self) -> bool:
+        """Whether values can stay on the card between sessions: torch moves them there."""
+        if importlib.util.find_spec("torch") is None:
+            return False
+        import torch
+
+        return torch.cuda.is_available()
 
     def bind(self, arrays: Mapping[str, np.ndarray]) -> Bound:
         """The buffers for arrays of these shapes, allocated and filled at their first use."""
@@ -139,6 +184,13 @@ def _opened(
 ) -> onnxruntime.InferenceSession:
     providers = [("CUDAExecutionProvider", dict(given))]
     return onnxruntime.InferenceSession(model, options, providers=providers)
+
+
+def _shared(value: Any) -> Any:
+    """An onnxruntime value on the card as a tensor of torch, over the same memory."""
+    import torch
+
+    return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
 
 
 def _run_options(graph_id: str) -> Any:

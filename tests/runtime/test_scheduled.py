@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,43 @@ def number(values: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.array([sum(float(v.sum()) for v in values.values())], np.float32)
 
 
-def scheduled(shallow: str = "") -> tuple[Scheduled, dict[str, Graph]]:
+class OnCard(Graph):
+    """A session on a card: what it leaves there is overwritten by its next run, unless kept."""
+
+    ready = True
+
+    def holds(self) -> bool:
+        return self.ready
+
+    def run_held(
+        self, feeds: Mapping[str, Any], held: Collection[str], *, keep: bool
+    ) -> dict[str, Any]:
+        near = {name: one.array if isinstance(one, Held) else one for name, one in feeds.items()}
+        self.came = {name for name, one in feeds.items() if isinstance(one, Held)}
+        for one in getattr(self, "left", ()):
+            one.array = np.full_like(one.array, np.nan)
+        found = {name: Held(v) if name in held else v for name, v in self.run(near).items()}
+        self.left = [] if keep else [one for one in found.values() if isinstance(one, Held)]
+        return found
+
+
+@dataclass
+class Held:
+    """A value on the card."""
+
+    array: np.ndarray
+
+
+def scheduled(shallow: str = "", made: type[Graph] = Graph) -> tuple[Scheduled, dict[str, Graph]]:
     """A denoiser with ``prompt`` and ``step``, and ``shallow`` if it has a schedule."""
     graphs = {
-        "main": Graph(
+        "main": made(
             {"sample": SAMPLE, "k": Port(FLOAT, (1,)), "t": Port(FLOAT, (1,))},
             ["out", "deep"],
             lambda name, feeds: number(feeds) * (10 if name == "deep" else 1),
         ),
-        "prompt": Graph({"text": PROMPT}, ["k"], lambda _, feeds: number(feeds)),
-        "step": Graph(
+        "prompt": made({"text": PROMPT}, ["k"], lambda _, feeds: number(feeds)),
+        "step": made(
             {"time": TIME, "k": Port(FLOAT, (1,)), "b": Port(INT, (1,))},
             ["t"],
             lambda _, feeds: number(feeds),
@@ -68,7 +96,7 @@ def scheduled(shallow: str = "") -> tuple[Scheduled, dict[str, Graph]]:
         Entry("step", "step", FILE.format("step"), ("time", "k", "b"), ("t",)),
     ]
     if shallow:
-        graphs["shallow"] = Graph(
+        graphs["shallow"] = made(
             {"sample": SAMPLE, "deep": Port(FLOAT, (1,))}, ["out"], lambda _, feeds: number(feeds)
         )
         entries.append(
@@ -130,6 +158,30 @@ def test_an_array_that_is_changed_in_place_is_another_prompt() -> None:
     first = session.run(given)["out"].copy()
     text[:] = 3
     assert session.run(given)["out"] != first
+
+
+def test_what_graphs_give_each_other_stays_on_the_card() -> None:
+    times = [900.0, 800.0, 700.0, 600.0, 900.0, 800.0]
+    plain, _ = scheduled("every=3")
+    session, graphs = scheduled("every=3", OnCard)
+    for time in times:
+        assert step(session, time) == step(plain, time)
+    assert session.calls == plain.calls
+    cards = {name: one for name, one in graphs.items() if isinstance(one, OnCard)}
+    assert cards["main"].came == {"k", "t"}
+    assert cards["step"].came == {"k"}
+    assert cards["shallow"].came == {"deep"}
+    assert cards["prompt"].came == set()
+
+
+def test_without_a_way_to_hold_values_everything_goes_through_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(OnCard, "ready", False)
+    session, graphs = scheduled("every=3", OnCard)
+    plain, _ = scheduled("every=3")
+    assert step(session, 900.0) == step(plain, 900.0)
+    assert not hasattr(graphs["main"], "came")
 
 
 def test_few_prompts_are_kept() -> None:
