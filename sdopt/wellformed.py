@@ -13,6 +13,12 @@ from google.protobuf.message import DecodeError
 from sdopt import graph
 from sdopt.errors import BundleError
 
+PARSED = 2**31 - 1
+"""Bytes that protobuf parses at most."""
+
+_LATEST = 25
+"""The latest opset that ``lower_opset`` writes."""
+
 _TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 
 
@@ -24,9 +30,10 @@ def read(path: Path, missing: str, hint: str | None) -> onnx.ModelProto:
     """The message in an ONNX file; ``missing`` and ``hint`` are for the error if there is none.
 
     Raises:
-        BundleError: no such file, or not an ONNX file.
+        BundleError: no such file, not an ONNX file, or one that passes 2 GiB.
     """
     try:
+        _refuse_what_is_too_large(path)
         return onnx.load(path, load_external_data=False)
     except FileNotFoundError as error:
         raise BundleError(missing, where=str(path), hint=hint) from error
@@ -37,6 +44,28 @@ def read(path: Path, missing: str, hint: str | None) -> onnx.ModelProto:
             why=str(error)[:400],
             hint="export or copy it again",
         ) from error
+
+
+def _refuse_what_is_too_large(path: Path) -> None:
+    """Refuse a file that protobuf does not parse, before a byte of it is read."""
+    if (size := path.stat().st_size) > PARSED:
+        raise BundleError(
+            "this ONNX file is larger than 2 GiB, and no reader of ONNX can parse that",
+            where=str(path),
+            why=f"it has {size / 1e9:.2f} GB, and protobuf ends at 2 GiB: other tools then say "
+            "that ir_version or opset_import is not set",
+            hint="write it again with its weights beside it: onnx.save(model, FILE, "
+            "save_as_external_data=True), or torch.onnx.export(..., external_data=True)",
+        )
+
+
+def opset_of_version(version: int, opset: int) -> int:
+    """The latest opset, up to ``opset``, that a file of that IR version can be of."""
+    for one in range(min(opset, _LATEST), 0, -1):
+        known: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", one)])
+        if known <= version:
+            return one
+    return opset
 
 
 def refuse_what_would_be_lost(proto: onnx.ModelProto, where: str) -> None:

@@ -224,6 +224,17 @@ def test_other_opsets_are_refused(tmp_path: Path, opset: int) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_file_above_2_gib_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.onnx"
+    with open(path, "wb") as file:
+        file.truncate(2**31)  # a hole
+    with pytest.raises(BundleError, match="larger than 2 GiB") as caught:
+        api.adopt(path, tmp_path / "bundle")
+    assert "ir_version" in str(caught.value)
+    assert "save_as_external_data=True" in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_damaged_files_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     path, out = saved(Detector(12), tmp_path / "theirs" / "yolo.onnx"), tmp_path / "bundle"
     data = path.with_name("yolo.data")

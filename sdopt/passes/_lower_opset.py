@@ -33,7 +33,11 @@ def write_in(model: ir.Model, opset: int, ctx: PassContext) -> None:
         BuildError: an operator that cannot be said in it; names node, module path and reason.
     """
     given = graph.opset(model)
+    known = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     if given == opset:
+        if model.ir_version and model.ir_version > known:
+            ctx.count(f"IR version {model.ir_version} to {known}")
+            model.ir_version = known
         return
     if given < opset and given < OPSET:
         ctx.skip(
@@ -57,7 +61,6 @@ def write_in(model: ir.Model, opset: int, ctx: PassContext) -> None:
     graph.drop_unused_initializers(model)
     model.opset_imports[""] = opset
     model.opset_imports.pop("ai.onnx", None)
-    known = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.ir_version = min(model.ir_version or known, known)
     if rules.written:
         ctx.count("operator", len(rules.written))

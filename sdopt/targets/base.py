@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from sdopt import graph, spec
+from sdopt import graph, spec, wellformed
 from sdopt.errors import BuildError, MissingDependencyError, UsageError
 from sdopt.machine import version_of
 from sdopt.passes.base import Role
@@ -251,10 +251,11 @@ class Target(abc.ABC):
                 hint="raise it first: sdopt optimize --passes raise_ops",
             )
         if model.ir_version > dialect.max_ir:
+            opset = wellformed.opset_of_version(dialect.max_ir, graph.opset(model))
             raise BuildError(
                 f"{self.name()} reads ONNX files up to IR version {dialect.max_ir}",
                 why=f"the graph is of version {model.ir_version}",
-                hint="write it again with a lower ir_version",
+                hint=f"lower both to what it reads: sdopt optimize --passes lower_opset={opset}",
             )
         inlined = {(function.domain, function.name) for function in model.functions.values()}
         for node in graph.nodes(model):

@@ -291,6 +291,16 @@ def test_what_is_older_or_of_that_opset_stays() -> None:
     leaves(LowerOpset(25), model_of(text, opset=22), "raise_ops brings it to 23")
 
 
+def test_a_file_that_is_newer_than_its_opset_gets_that_ones_version() -> None:
+    model = model_of(one("y = Relu(x)"), opset=17)
+    model.ir_version = 14
+    found = PassContext(model)
+    LowerOpset(17).apply(model, found)
+    assert model.ir_version == 8
+    assert found.rewrites == {"IR version 14 to 8": 1}
+    leaves(LowerOpset(17), model)
+
+
 def test_operators_of_others_stay() -> None:
     body = "a = FlashAttentionTik(x, x, x)\n b = com.microsoft.FastGelu(a)\n y = Relu(b)"
     model = model_of(one(body))

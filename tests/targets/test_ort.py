@@ -10,9 +10,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from sdopt import registry, spec
+from sdopt import registry, spec, wellformed
 from sdopt.errors import BuildError, MissingDependencyError, SpecError, UsageError
-from sdopt.pipeline import Pipeline
+from sdopt.pipeline import Pipeline, RunContext
 from sdopt.targets.base import Dialect
 from sdopt.targets.ort import Ort
 from tests.toolkit import model_of
@@ -106,6 +106,23 @@ def test_a_graph_that_is_not(change: object, message: str) -> None:
     assert message in str(caught.value)
     if "domain" in message or "kernel" in message:
         assert "mid_block.attentions.0" in str(caught.value)
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+def test_a_version_that_is_too_new_is_lowered_as_the_error_says(opset: int) -> None:
+    model = model_of("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=opset)
+    model.ir_version = 14
+    with pytest.raises(BuildError) as caught:
+        Ort().check_legal(model)
+    passes = str(caught.value.hint).rpartition("--passes ")[2]
+    assert passes == f"lower_opset={opset}"
+    Pipeline.parse(passes).run(model, RunContext())
+    Ort().check_legal(model)
+
+
+@pytest.mark.parametrize(("version", "opset"), [(8, 18), (7, 14), (11, 23)])
+def test_the_latest_opset_of_a_version(version: int, opset: int) -> None:
+    assert wellformed.opset_of_version(version, 26) == opset
 
 
 def _rename(node: ir.Node, domain: str, op_type: str) -> None:
