@@ -88,6 +88,12 @@ class BuildError(SdoptError):
     exit_code = 1
 
 
+class NotFiniteError(SdoptError):
+    """A graph computed NaN or infinity where an image was to come of it."""
+
+    exit_code = 1
+
+
 class StorageError(SdoptError):
     """The disk is full or a file cannot be written; nothing that existed before is lost."""
 

@@ -13,6 +13,7 @@ from sdopt.adapters.requests import Asked
 from sdopt.bundle import Bundle, Stage
 from sdopt.errors import BundleError, MissingDependencyError, UsageError
 from sdopt.runtime.adapting import Adapted, adapt
+from sdopt.runtime.finite import Finite
 from sdopt.runtime.parallel import on_halves, targets_for
 from sdopt.runtime.quiet import quiet
 from sdopt.runtime.runners import INDEX, Runner, Task, index_of, read, runner_of
@@ -112,7 +113,8 @@ def assemble(
     devices = targets_for(target, device) if device is not None else [target]
 
     def session(target: Opener, name: str) -> Session:
-        return open_stage(target, stages[name].path, replaced=adapted.replaced.get(name))
+        one = open_stage(target, stages[name].path, replaced=adapted.replaced.get(name))
+        return Finite(one, bundle, stages[name])
 
     sessions = {name: session(devices[0], name) for name in stages}
     main = stages[runner.denoiser]

@@ -287,5 +287,5 @@ def test_a_pipeline_computes_the_companions_once(bundle: Bundle) -> None:
     pipe.set_progress_bar_config(disable=True)
     for _ in range(2):
         pipe("a handwritten two", num_inference_steps=5, width=32, height=32, output_type="np")
-    calls = pipe.unet._session.calls
+    calls = pipe.unet._session.session.calls
     assert calls == {"main": 10, "prompt": 1, "step": 5}
