@@ -398,8 +398,9 @@ def test_components_of_one_side_only_are_named(bundle: Bundle, tmp_path: Path) -
     with pytest.raises(UnknownNameError, match="no 'vae_encoder' to compare"):
         compare(bundle.path, other.path, components=["vae_encoder"])
     half = toy.bundle(tmp_path / "half", without=("unet", "text_encoder", "vae_decoder"))
-    with pytest.raises(UsageError, match="no component in common"):
+    with pytest.raises(UsageError, match="no component in common") as caught:
         compare(other.path, half.path)
+    assert "sdopt adopt FILE.onnx --component unet" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,10 @@ class LayerComparison:
     def verdict(self) -> str:
         """Where the two part, in a sentence."""
         if not self.layers:
-            return "no layer of one has its like in the other"
+            return (
+                "no layer of one has its like in the other, by module path or by name of a value; "
+                "compare graphs of one exporter"
+            )
         if (jump := self.first_jump) is not None:
             return f"the error jumps at {jump.name} ({jump.op}): {_of(jump)}"
         if (beyond := self.first_beyond) is not None:

@@ -160,6 +160,7 @@ def _pairs(
             "these two have no component in common",
             where=f"{left.label} and {right.label}",
             why=f"{', '.join(left.components)} against {', '.join(right.components)}",
+            hint="adopt a file as what it is: sdopt adopt FILE.onnx --component unet",
         )
     skipped = {*left.components, *right.components} - set(shared)
     return [(name, name) for name in shared], tuple(sorted(skipped))

@@ -159,6 +159,11 @@ def session_options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
 def _hint(text: str) -> str | None:
     if "find an implementation" in text:
         return "onnxruntime's CPU has no bfloat16 kernels: export such a graph with --dtype fp16"
+    if "Concat" in text and "mismatched dimensions" in text:
+        return (
+            "a UNet that was traced at one size fails at others that it cannot halve evenly: "
+            "sdopt optimize --passes @fast (its pad_align) makes it right at multiples of 8 pixels"
+        )
     if "external" in text.lower():
         return "the weights beside the ONNX file are missing or short: copy it again with them"
     return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from sdopt import graph
+from sdopt.errors import BuildError
 from sdopt.fingerprint import fingerprint
 from sdopt.passes.base import PassContext
 from sdopt.passes.clean import Clean
 from sdopt.passes.pad_align import PadAlign
+from sdopt.targets.ort import Ort
 from sdopt.tolerance import FP32_REASSOCIATED, HALF
 from tests.passes import adopted
 
@@ -41,6 +45,14 @@ def test_without_the_pass_the_graph_runs_only_where_nothing_is_rounded(variant: 
     assert adopted.distance(runs[0], adopted.answer(16, 16)) <= FP32_REASSOCIATED
     with pytest.raises(Exception, match=r"Concat node.*Non concat axis dimensions must match"):
         session.run(None, adopted.feeds(15, 15))
+
+
+def test_the_error_names_the_pass(tmp_path: Path) -> None:
+    path = tmp_path / "unet.onnx"
+    ir.save(adopted.load(adopted.TORCHSCRIPT), path)
+    with pytest.raises(BuildError, match="pad_align") as caught:
+        Ort().open(path).run(adopted.feeds(15, 15))
+    assert "Concat" in str(caught.value.why)
 
 
 @pytest.mark.parametrize("clean", [False, True], ids=["raw", "cleaned"])
