@@ -32,7 +32,7 @@ QUICK = (TORCHSCRIPT, "dynamo23", "dynamo23+")
 SLOW = ("dynamo18", "dynamo18+", "named18", "named18+", "named23", "named23+")
 
 
-class _Positional(torch.nn.Module):
+class Positional(torch.nn.Module):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
@@ -67,7 +67,7 @@ def unet() -> torch.nn.Module:
             norm_num_groups=4,
             layers_per_block=1,
         )
-        return _Positional(made).eval().requires_grad_(False)
+        return Positional(made).eval().requires_grad_(False)
 
 
 def feeds(height: int, width: int, *, batch: int = BATCH) -> dict[str, np.ndarray]:
@@ -120,10 +120,12 @@ def _torchscript(*, half: bool) -> bytes:
     module, arguments = unet(), _arguments(16, 16)
     if half:
         module, arguments = copy.deepcopy(module).half(), tuple(a.half() for a in arguments)
-    return _jit(module, arguments, INPUTS, "out_sample")
+    return jit(module, arguments, INPUTS, "out_sample")
 
 
-def _jit(module: torch.nn.Module, arguments: Any, inputs: list[str], output: str) -> bytes:
+def jit(
+    module: torch.nn.Module, arguments: Any, inputs: list[str], output: str, opset: int = 17
+) -> bytes:
     """torch's older exporter, every batch, height, width and length free."""
     file = BytesIO()
     image, tokens = {0: "batch", 2: "height", 3: "width"}, {0: "batch", 1: "tokens"}
@@ -138,7 +140,7 @@ def _jit(module: torch.nn.Module, arguments: Any, inputs: list[str], output: str
             arguments,
             file,
             dynamo=False,
-            opset_version=17,
+            opset_version=opset,
             input_names=inputs,
             output_names=[output],
             dynamic_axes={**axes, output: image if "sample" in output else tokens},
@@ -146,7 +148,7 @@ def _jit(module: torch.nn.Module, arguments: Any, inputs: list[str], output: str
     return file.getvalue()
 
 
-class _Decoder(torch.nn.Module):
+class Decoder(torch.nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
@@ -172,7 +174,7 @@ def _vae_decoder() -> bytes:
         block_out_channels=(8, 8, 8),
         norm_num_groups=4,
     )
-    return _jit(_Decoder(vae.eval()), (torch.zeros(1, 4, 8, 8),), ["latent_sample"], "sample")
+    return jit(Decoder(vae.eval()), (torch.zeros(1, 4, 8, 8),), ["latent_sample"], "sample")
 
 
 @functools.cache
@@ -180,7 +182,7 @@ def _text_encoder() -> bytes:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     config = CLIPTextConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=8, **sizes)
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    return _jit(_States(CLIPTextModel(config).eval()), (ids,), ["input_ids"], "last_hidden_state")
+    return jit(_States(CLIPTextModel(config).eval()), (ids,), ["input_ids"], "last_hidden_state")
 
 
 def _shapes(kind: str) -> tuple[dict[int, Any], ...]:

@@ -271,7 +271,7 @@ def test_a_whole_unet_is_raised_and_fused(processor: type) -> None:
     unet.set_attn_processor(processor())
     try:
         arguments = adopted._arguments(16, 16)
-        data = adopted._jit(whole, arguments, adopted.INPUTS, "out_sample")
+        data = adopted.jit(whole, arguments, adopted.INPUTS, "out_sample")
     finally:
         unet.set_attn_processor(kept)
     raw, model = (ir.from_proto(onnx.load_from_string(data)) for _ in range(2))
