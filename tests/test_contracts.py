@@ -155,6 +155,10 @@ def nothing_for(one: Pass) -> ir.Model:
         {"w": np.arange(3)},
         opset=getattr(one, "opset", 23),
     )
+    if opset := getattr(one, "opset", None):  # a version of the file beyond it would be lowered
+        model.ir_version = onnx.helper.find_min_ir_version_for(
+            [onnx.helper.make_opsetid("", opset)]
+        )
     if one.name() == "lora":
         weights = {f"w{each}": np.ones((32, 32), np.float32) for each in "qkvo"}
         body = "a = MatMul(x, wq) b = MatMul(a, wk) c = MatMul(b, wv) y = MatMul(c, wo)"

@@ -28,7 +28,8 @@ class LowerOpset(Pass):
     used and compilers look for. Operators of other domains, and a vendor's own, are left alone.
     What cannot be said in the opset (bfloat16 where an operator had none, axes that are computed)
     is refused with node and reason, never approximated; only a Reshape to a computed shape is
-    taken to ask for no size of 0, which before opset 14 it could not. Weights are not read.
+    taken to ask for no size of 0, which before opset 14 it could not. Weights are not read. The
+    file's IR version is lowered to the first that knows the opset.
 
     Numerics: reassociated (a composed operator rounds between its parts). In half precision the
     statistics of a norm are computed in float32, as ``stash_type`` says.
