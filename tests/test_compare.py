@@ -197,6 +197,7 @@ def test_a_thing_and_itself(bundle: Bundle) -> None:
     for one in found.components:
         assert one.allowed == 0.0
         assert all(output.relative_l2 == 0.0 for output in one.outputs)
+        assert one.note == ""
 
 
 EXACT, OTHER = Step("clean", "exact"), Step("fuse_qkv", "reassociated")
@@ -271,6 +272,8 @@ def test_half_precision_is_judged_and_what_is_lossy_beside_it_not(
     found = compare(at(bundle, "half"), at(bundle, "model"))
     (one,) = found.components
     assert one.dtypes == ("float16", "float32")
+    assert "sdopt precision see it" in one.note
+    assert f"  note: {one.note}" in found.lines()
     assert one.verdict == verdict
     assert 1e-5 < one.outputs[0].relative_l2 < 5e-3
     assert found.skipped == ("text_encoder", "unet", "vae_encoder")

@@ -25,6 +25,11 @@ from sdopt.errors import UsageError
 from sdopt.report import Progress
 from sdopt.tolerance import Tolerance
 
+_HIDDEN = (
+    "onnxruntime's CPU computes float16 in float32 from one cast to the next, so an overflow "
+    "inside may not show here; --layers and sdopt precision see it"
+)
+
 Verdict = Literal["same", "different", "unjudged"]
 
 
@@ -35,6 +40,7 @@ class ComponentComparison:
     ``passes`` are those that only one side went through; ``allowed`` is the relative L2 that they
     allow, None where only images can tell; ``shapes`` are those of the (first) inputs. Of several
     samples ``outputs`` holds the worst, and ``errors`` the relative L2 of each output in each.
+    ``note`` says what the verdict does not cover.
     """
 
     component: str
@@ -49,6 +55,7 @@ class ComponentComparison:
     outputs: tuple[Figures, ...]
     samples: int = 1
     errors: tuple[tuple[float, ...], ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Comparison:
             samples = "" if one.samples == 1 else f", the worst of {one.samples} samples"
             found.append(f"{one.component}: {one.verdict} ({one.reason}{allowed}{samples})")
             found += [f"  {_line(output)}" for output in one.outputs]
+            found += [f"  note: {one.note}"] if one.note else []
         found += [f"{name}: only one side has it" for name in self.skipped]
         found += [f"{name}: nothing was recorded of it" for name in self.unfed]
         return found
@@ -129,10 +137,17 @@ def compare(
     found, unfed = [], []
     for name, left, right, tell in pairs:
         if components or (asked.has(left) and asked.has(right)):
-            found.append(_compare(name, left, right, asked, tell))
+            one = _compare(name, left, right, asked, tell)
+            hidden = not target.partition(":")[2].count("cuda") and _hides(left, right)
+            found.append(dataclasses.replace(one, note=_HIDDEN) if hidden else one)
         else:
             unfed.append(name)
     return Comparison(str(a), str(b), seed, tuple(found), skipped, tuple(unfed))
+
+
+def _hides(a: Opened, b: Opened) -> bool:
+    """Whether a graph in float16 is run by onnxruntime's CPU."""
+    return any(one.inside is not None and "float16" in one.dtypes for one in (a, b))
 
 
 def _compare(

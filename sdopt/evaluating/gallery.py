@@ -109,6 +109,8 @@ class Gallery:
         self._decides = decides
         try:
             self.images.mkdir(parents=True, exist_ok=True)
+            for left in self.images.glob(".*.png.tmp*"):
+                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         except OSError as error:
             raise storage_error(error, f"make {self.images}") from error
         run = folder / RUN

@@ -227,6 +227,8 @@ def test_two_workers_draw_what_one_does_and_a_dead_one_is_named(
     assert f"process {killed[0]}" in str(caught.value)
     known = json.loads((tmp_path / "two" / "model" / "image_info.json").read_text())
     assert 1 <= sum(len(one["images"]) for one in known) < 30
+    # What a killed process had begun to write goes when the run goes on.
+    (tmp_path / "two" / "model" / "images" / ".1_0.png.tmp0badcafe").write_bytes(b"half")
     api.evaluate(bundle, texts, tmp_path / "two", **options)
     assert files(tmp_path / "two" / "model") == files(tmp_path / "one" / "model")
     infos = [
