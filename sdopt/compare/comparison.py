@@ -138,7 +138,7 @@ def compare(
     for name, left, right, tell in pairs:
         if components or (asked.has(left) and asked.has(right)):
             one = _compare(name, left, right, asked, tell)
-            hidden = not target.partition(":")[2].count("cuda") and _hides(left, right)
+            hidden = one.verdict != "different" and "cuda" not in target and _hides(left, right)
             found.append(dataclasses.replace(one, note=_HIDDEN) if hidden else one)
         else:
             unfed.append(name)
