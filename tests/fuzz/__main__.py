@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("harness", choices=HARNESSES)
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=-1, help="at most so many inputs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--found", type=Path, default=Path("fuzz-found"))
     given = parser.parse_args()
@@ -51,9 +52,13 @@ def main() -> None:
             (Path(corpus) / f"seed{index}").write_bytes(data)
         options = [
             f"-max_total_time={given.seconds}",
+            f"-runs={given.runs}",
             f"-artifact_prefix={given.found}/{given.harness}-",
             f"-seed={given.seed}",
             "-timeout=30",
+            # Its limit of memory goes by the largest size that Linux tells of the process, which
+            # begins with that of the one that started it; RLIMIT_AS holds this one alone.
+            "-rss_limit_mb=0",
             "-max_len=100000",
             "-print_final_stats=1",
             corpus,

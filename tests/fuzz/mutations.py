@@ -324,7 +324,8 @@ def _function(random: Random, model: onnx.ModelProto) -> None:
 def _nested(random: Random, model: onnx.ModelProto) -> None:
     """Bodies in bodies, to protobuf's own limit and beyond."""
     body = onnx.GraphProto(name="leaf")
-    body.node.add(op_type="Identity", input=[model.graph.node[0].output[0]], output=["deep"])
+    (given, *_) = (*model.graph.node[0].output, "x")
+    body.node.add(op_type="Identity", input=[given], output=["deep"])
     body.output.add(name="deep")
     for level in range(random.choice((2, 20, 28))):
         outer = onnx.GraphProto(name=f"level{level}")
