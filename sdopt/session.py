@@ -34,6 +34,23 @@ class Session(Protocol):
         """Compute every output; float feeds are cast to the declared dtype."""
 
 
+class Wrapped:
+    """A session around another one, of which it has the ports; subclasses say what runs."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    @property
+    def inputs(self) -> Mapping[str, Port]:
+        """Those of the session."""
+        return self.session.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, Port]:
+        """Those of the session."""
+        return self.session.outputs
+
+
 def checked_feeds(
     ports: Mapping[str, Port], feeds: Mapping[str, np.ndarray], where: str
 ) -> dict[str, np.ndarray]:

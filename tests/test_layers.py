@@ -15,7 +15,7 @@ from sdopt.spec import snake_case
 PACKAGE = Path(__file__).parent.parent / "sdopt"
 
 LAYERS = (
-    ("errors", "machine", "units"),
+    ("errors", "importing", "machine", "units"),
     ("reading", "spec", "shapes"),
     ("manifest",),
     ("blocks",),

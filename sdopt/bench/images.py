@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,9 @@ from sdopt.report import Progress
 from sdopt.runtime.generate import generate
 from sdopt.runtime.pipeline import pipeline_class
 from sdopt.runtime.runners import INDEX, RUNNERS, Task, index_of, runner_of
+from sdopt.runtime.scheduled import Holding
 from sdopt.runtime.session import REFINER, Opener, choose_stages
-from sdopt.session import Port, Session
+from sdopt.session import Session, Wrapped
 
 if TYPE_CHECKING:
     from sdopt.runtime.generate import Generated
@@ -46,26 +47,36 @@ class Stopwatch:
         return found
 
 
-class Timed:
+class Timed(Wrapped):
     """A session whose calls a stopwatch times."""
 
     def __init__(self, session: Session, component: str, watch: Stopwatch) -> None:
-        self._session, self._component, self._watch = session, component, watch
-
-    @property
-    def inputs(self) -> Mapping[str, Port]:
-        """Those of the session."""
-        return self._session.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, Port]:
-        """Those of the session."""
-        return self._session.outputs
+        super().__init__(session)
+        self._component, self._watch = component, watch
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the session computes."""
         start = self._watch.clock()
-        outputs = self._session.run(feeds)
+        outputs = self.session.run(feeds)
+        self._watch.add(self._component, self._watch.clock() - start)
+        return outputs
+
+    def holds(self) -> bool:
+        """Whether the session can leave values on its device, as without a clock."""
+        return isinstance(self.session, Holding) and self.session.holds()
+
+    def run_held(
+        self, feeds: Mapping[str, Any], held: Collection[str], *, keep: bool
+    ) -> dict[str, Any]:
+        """What the session computes and leaves on its device.
+
+        Raises:
+            TypeError: it cannot, as ``holds`` says.
+        """
+        if not isinstance(self.session, Holding):
+            raise TypeError("this session leaves nothing on a device")
+        start = self._watch.clock()
+        outputs = self.session.run_held(feeds, held, keep=keep)
         self._watch.add(self._component, self._watch.clock() - start)
         return outputs
 

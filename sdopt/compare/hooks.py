@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from sdopt.errors import UsageError
+from sdopt.importing import module_of
 
 Hook = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -82,7 +79,7 @@ def load(text: str) -> Hooks:
         UsageError: it cannot be imported, or holds neither ``preprocess`` nor ``postprocess``.
     """
     try:
-        module = _file(Path(text)) if text.endswith(".py") else importlib.import_module(text)
+        module = module_of(text)
     except Exception as error:
         raise UsageError(
             "these hooks cannot be imported",
@@ -99,17 +96,6 @@ def load(text: str) -> Hooks:
             hint="def postprocess(outputs): return {'boxes': ...}",
         )
     return Hooks(text, before, after)
-
-
-def _file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    spec = importlib.util.spec_from_file_location(f"sdopt_hooks_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _said(arrays: Mapping[str, np.ndarray]) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sdopt.errors import UsageError
+from sdopt.importing import module_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +84,7 @@ def load_function(text: str) -> FunctionScorer:
             f"{text!r} names no function", hint="--scorer FILE.py:FUNCTION, or MODULE:FUNCTION"
         )
     try:
-        module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = module_of(place)
     except Exception as error:
         raise UsageError(
             "this scorer cannot be imported",
@@ -107,14 +105,3 @@ def load_function(text: str) -> FunctionScorer:
     digest.update(name.encode())
     label = f"{Path(place).name if place.endswith('.py') else place}:{name}"
     return FunctionScorer(label, digest.hexdigest()[:_DIGITS], function)
-
-
-def _file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    spec = importlib.util.spec_from_file_location(f"sdopt_scorer_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -8,24 +8,15 @@ import numpy as np
 
 from sdopt.bundle import Bundle, Stage
 from sdopt.errors import NotFiniteError
-from sdopt.session import Port, Session
+from sdopt.session import Session, Wrapped
 
 
-class Finite:
+class Finite(Wrapped):
     """A component's session whose outputs are looked at; it computes nothing else."""
 
     def __init__(self, session: Session, bundle: Bundle, stage: Stage) -> None:
-        self.session, self._bundle, self._stage = session, bundle, stage
-
-    @property
-    def inputs(self) -> Mapping[str, Port]:
-        """Those of the session."""
-        return self.session.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, Port]:
-        """Those of the session."""
-        return self.session.outputs
+        super().__init__(session)
+        self._bundle, self._stage = bundle, stage
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the session computes.

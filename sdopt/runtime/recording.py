@@ -16,7 +16,7 @@ from sdopt.recorded import Origin, Recording
 from sdopt.report import Progress
 from sdopt.runtime.generate import DEFAULT_GUIDANCE, DEFAULT_STEPS, generate
 from sdopt.runtime.session import Opener, choose_stages, opener
-from sdopt.session import Port, Session
+from sdopt.session import Session, Wrapped
 
 DENOISERS = ("unet", "transformer")
 DEFAULT_KEEP = 8
@@ -55,26 +55,17 @@ class Tape:
             self._writer.add(component, feeds, prompt=self._prompt, seed=self._seed, **facts)
 
 
-class Recorder:
+class Recorder(Wrapped):
     """A session that lets a tape hear what it is given."""
 
     def __init__(self, session: Session, component: str, tape: Tape) -> None:
-        self._session, self._component, self._tape = session, component, tape
-
-    @property
-    def inputs(self) -> Mapping[str, Port]:
-        """Those of the session."""
-        return self._session.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, Port]:
-        """Those of the session."""
-        return self._session.outputs
+        super().__init__(session)
+        self._component, self._tape = component, tape
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the session computes."""
         self._tape.heard(self._component, feeds)
-        return self._session.run(feeds)
+        return self.session.run(feeds)
 
 
 class _RecordingOpener:

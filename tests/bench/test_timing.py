@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sdopt.bench import images
 from sdopt.bench.timing import Turns
-from tests.bench.planted import Clock
+from sdopt.runtime.scheduled import Holding
+from sdopt.session import Port
+from tests.bench.planted import Clock, Planted
 
 
 class Runner:
@@ -70,3 +78,31 @@ def test_what_must_not_settle_does_not() -> None:
     _, settled = turns(clock, log, 1, 1).take([one], lambda *_: None, settle=False)
     assert not settled
     assert " ".join(log) == "A0 rest A1"
+
+
+class _OnCard:
+    """A session on a device, for what a clock around it lets through."""
+
+    inputs: ClassVar[dict[str, Port]] = {}
+    outputs: ClassVar[dict[str, Port]] = {}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise AssertionError("through memory")
+
+    def holds(self) -> bool:
+        return True
+
+    def run_held(
+        self, feeds: Mapping[str, Any], held: Collection[str], *, keep: bool
+    ) -> dict[str, Any]:
+        return {"kept": (set(held), keep)}
+
+
+def test_a_clock_leaves_values_on_the_card() -> None:
+    watch = images.Stopwatch(Clock(tick=2.5))
+    timed = images.Timed(_OnCard(), "unet", watch)
+    assert isinstance(timed, Holding)
+    assert timed.holds()
+    assert timed.run_held({}, ["deep"], keep=True) == {"kept": ({"deep"}, True)}
+    assert watch.lap() == ({"unet": 2.5}, {"unet": 1})
+    assert not images.Timed(Planted(None, Clock(), []), "unet", watch).holds()
