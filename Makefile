@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
 # For the vocabulary that it ships, without the vision packages that it depends on.
 CLIP   := open_clip_torch==3.3.0
-EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,report,dev
+EXTRAS := export,ort,graphsurgeon,simplify,trt-rtx,report,ui,sweep,ray,dev
 
 PYTHON310 ?=
 TPU       := .venv-tpu
