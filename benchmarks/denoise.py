@@ -35,15 +35,22 @@ TIMESTEP = 501
 
 _FUSED = "clean,cast_fp16,flash_attention=ort,lower_attention"
 
+_LAST = "fuse_shared_linears,fuse_geglu,lower_channels_last,fuse_skip_norm"
+
 LADDER: dict[str, str] = {
     "raw": "clean,cast_fp16",
     "attention": _FUSED,
     "nhwc": f"{_FUSED},lower_channels_last",
     "geglu": f"{_FUSED},fuse_geglu,lower_channels_last",
     "skip": f"{_FUSED},fuse_geglu,lower_channels_last,fuse_skip_norm",
-    "shared": f"{_FUSED},fuse_shared_linears,fuse_geglu,lower_channels_last,fuse_skip_norm",
+    "shared": f"{_FUSED},{_LAST}",
+    "tome": f"clean,tome=5,cast_fp16,lower_token_merging,flash_attention=ort,lower_attention,{_LAST}",
+    "tome-as-onnx": f"clean,tome=5,cast_fp16,flash_attention=ort,lower_attention,{_LAST}",
 }
 """Variants of the graph, each a pipeline over the exported one."""
+
+LONG = ("autotune", "ort-tome", "ort-tome-as-onnx")
+"""What takes minutes, or merges tokens and so computes something else: only when asked for."""
 
 
 @dataclasses.dataclass
@@ -66,6 +73,7 @@ class Bench:
         self.torch = torch
         self.work: Path = options.work
         self.count: int = options.count
+        self.kernels: int = options.profile
         self.batch: int = options.batch
         self.height, self.width = map(int, options.latent.split("x"))
         rng = np.random.default_rng(0)
@@ -118,7 +126,20 @@ class Bench:
             launch()
             self.torch.cuda.synchronize()
             taken.append(1e3 * (time.perf_counter() - start))
+        if self.kernels:
+            self.profile(launch)
         return statistics.median(taken)
+
+    def profile(self, launch: Callable[[], Any]) -> None:
+        """Print the kernels that a launch spends most time in, onnxruntime's too."""
+        activities = [self.torch.profiler.ProfilerActivity.CUDA]
+        with self.torch.profiler.profile(activities=activities) as found:
+            launch()
+            self.torch.cuda.synchronize()
+        rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+        for row in rows[: self.kernels]:
+            took = row.self_device_time_total / 1e3
+            print(f"    {took:7.3f} ms {row.count:4} x {row.key[:90]}", flush=True)
 
     def distance(self, found: np.ndarray) -> float:
         """Relative L2 from the answer in fp32."""
@@ -219,7 +240,7 @@ def main() -> None:
     """Measure what the command line names and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("build/denoise"))
-    parser.add_argument("--variants", help="comma-separated; all but autotune by default")
+    parser.add_argument("--variants", help="comma-separated; all but autotune and tome by default")
     parser.add_argument(
         "--ort",
         action="append",
@@ -230,11 +251,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--latent", default="64x64", help="HEIGHTxWIDTH")
     parser.add_argument("--count", type=int, default=50, help="launches of each")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="list the N longest kernels of each"
+    )
     options = parser.parse_args()
     bench = Bench(options)
     known = bench.variants(options.ort)
     names = (
-        options.variants.split(",") if options.variants else [n for n in known if n != "autotune"]
+        options.variants.split(",") if options.variants else [n for n in known if n not in LONG]
     )
     bench.prepare()
     rows = []

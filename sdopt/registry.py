@@ -32,6 +32,7 @@ PASSES: dict[str, str] = {
     "lift_scalars": "sdopt.passes.lift_scalars:LiftScalars",
     "lower_opset": "sdopt.passes.lower_opset:LowerOpset",
     "lower_attention": "sdopt.passes.lower_attention:LowerAttention",
+    "lower_token_merging": "sdopt.passes.lower_token_merging:LowerTokenMerging",
     "lower_channels_last": "sdopt.passes.lower_channels_last:LowerChannelsLast",
     "fuse_skip_norm": "sdopt.passes.fuse_skip_norm:FuseSkipNorm",
     "fuse_shared_linears": "sdopt.passes.fuse_shared_linears:FuseSharedLinears",

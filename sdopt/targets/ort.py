@@ -91,8 +91,8 @@ class Ort(Target):
         if self.provider == "cpu":
             return f"clean,{cast}lower_group_norm,flash_attention=ort"
         return (
-            f"clean,{cast}flash_attention=ort,lower_attention,fuse_shared_linears,fuse_geglu,"
-            "lower_channels_last,fuse_skip_norm"
+            f"clean,{cast}lower_token_merging,flash_attention=ort,lower_attention,"
+            "fuse_shared_linears,fuse_geglu,lower_channels_last,fuse_skip_norm"
         )
 
     def stage_name(self) -> str:
