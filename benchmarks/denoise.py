@@ -44,7 +44,8 @@ LADDER: dict[str, str] = {
     "geglu": f"{_FUSED},fuse_geglu,lower_channels_last",
     "skip": f"{_FUSED},fuse_geglu,lower_channels_last,fuse_skip_norm",
     "shared": f"{_FUSED},{_LAST}",
-    "tome": f"clean,tome=5,cast_fp16,lower_token_merging,flash_attention=ort,lower_attention,{_LAST}",
+    "tome": "clean,tome=5,cast_fp16,lower_token_merging,flash_attention=ort,lower_attention,"
+    + _LAST,
     "tome-as-onnx": f"clean,tome=5,cast_fp16,flash_attention=ort,lower_attention,{_LAST}",
 }
 """Variants of the graph, each a pipeline over the exported one."""

@@ -40,6 +40,8 @@ def test_the_extras_are_those_that_the_documents_name() -> None:
         "export",
         "ort",
         "trt",
+        "ray",
+        "sweep",
         "trt-rtx",
         "simplify",
         "graphsurgeon",
