@@ -66,6 +66,10 @@ class UsageError(SdoptError):
     """A value that the command line or the API cannot take (a size, a scheduler, a pair)."""
 
 
+class PathError(UsageError):
+    """A name that a user gave for a file, and that leads out of where files may lie."""
+
+
 class MissingDependencyError(SdoptError):
     """An optional package that the asked-for verb needs is not installed."""
 
@@ -96,6 +100,12 @@ class NotFiniteError(SdoptError):
 
 class StorageError(SdoptError):
     """The disk is full or a file cannot be written; nothing that existed before is lost."""
+
+    exit_code = 1
+
+
+class FetchError(SdoptError):
+    """A download that could not be made or finished; what came of it is kept for the next try."""
 
     exit_code = 1
 

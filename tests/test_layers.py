@@ -35,7 +35,8 @@ LAYERS = (
     ("building", "bench", "evaluating", "precision"),
     ("reporting",),
     ("api",),
-    ("cli", "ui", "sweep"),
+    ("ui", "sweep"),
+    ("cli",),
     ("__main__",),
 )
 """From the bottom up; a module may import from the layers below its own."""

@@ -14,6 +14,7 @@ from sdopt.cli import (
     inspecting,
     precision,
     reporting,
+    serving,
     transform,
 )
 
@@ -57,6 +58,7 @@ app.command("compare")(inspecting.compare)
 app.command("precision")(precision.precision)
 app.command("inspect")(inspecting.inspect)
 app.command("report")(reporting.report)
+app.command("ui")(serving.ui)
 app.command("pack")(transform.pack)
 app.command("passes")(inspecting.passes)
 app.command("targets")(inspecting.targets)

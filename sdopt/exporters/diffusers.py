@@ -101,6 +101,14 @@ class DiffusersSource(Source):
             return ()
         return (f"{', '.join(left)} left out: a bundle makes images without checking them",)
 
+    def _unused(self) -> set[str]:
+        """What the index says that the pipeline has none of, as XL's refiner."""
+        if not self.index:
+            return set()
+        return {
+            one.folder for one in self._family.components if not listed(self.index, one.folder)
+        }
+
     def check_in_place(self) -> None:
         """Refuse ``--in-place`` in a Hub cache, and where a part comes from another folder.
 

@@ -97,13 +97,10 @@ class SingleFileSource(Source):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What the file lacks, and what was chosen where it does not say."""
-        needed = {one.folder for one in self._family.components if not one.optional}
-        folders = needed - self._unused()
-        lacking = sorted(folders - {one.folder for one in self._components()})
         found = [
             f"the file holds no {folder}, and the bundle makes no images without one: "
             f"supply it with {OPTIONS[folder]}"
-            for folder in lacking
+            for folder in self.lacking()
         ]
         if any(name.startswith("model_ema.") for name in self._shapes):
             found.append(

@@ -108,6 +108,18 @@ class Source(abc.ABC):
         """The components that can be exported from here, in the order in which they run."""
         return list(self._configs)
 
+    def lacking(self) -> tuple[str, ...]:
+        """Folders of a pipeline of this family that are neither here nor supplied."""
+        needed = {one.folder for one in self._family.components if not one.optional}
+        known = self._table()
+        return tuple(
+            sorted(needed - self._unused() - {known[one].folder for one in self._configs})
+        )
+
+    def _unused(self) -> set[str]:
+        """The folders of the family that this model has no use for."""
+        return set()
+
     def config(self, name: str) -> dict[str, Any]:
         """A component's configuration.
 
