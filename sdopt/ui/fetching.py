@@ -95,8 +95,9 @@ def fetch(
                         f"try again: {size(order.reached)} are kept" if order.reached else None,
                     ) from error
                 pause(2.0 ** (failed - 1))
-            except (httpx.TooManyRedirects, httpx.InvalidURL) as error:
-                raise order.error("the server leads astray", str(type(error).__name__)) from error
+            except httpx.TooManyRedirects as error:
+                why = f"it did so more than {REDIRECTS} times"
+                raise order.error("the server redirects too often", why) from error
             except OSError as error:
                 raise storage_error(error, f"download into {folder}") from error
 
@@ -219,7 +220,8 @@ class _Order:
         total = note.total if note is not None else -1
         told = 0.0
         try:
-            for block in response.iter_raw(_BLOCK):
+            # As it comes: a block that httpx gathers is lost where the connection breaks.
+            for block in response.iter_raw():
                 self._limit(self.reached + len(block))
                 file.write(block)
                 if self.sha256 is not None:

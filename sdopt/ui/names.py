@@ -114,7 +114,7 @@ def made_plain(name: str, otherwise: str = "file") -> str:
     words = re.sub(r"[^A-Za-z0-9._-]+", "_", ascii_only).strip("._-")
     stem, dot, suffix = words.rpartition(".")
     if not dot or not suffix.isalnum():
-        return words[:100] or otherwise
+        return words[:100].rstrip(".") or otherwise
     return f"{stem[: 99 - len(suffix[:20])].rstrip('._-') or otherwise}.{suffix[:20]}"
 
 

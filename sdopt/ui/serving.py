@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LOCK = "lock"
 _GRACE_SECONDS = 2
 """How long a page that is open keeps a server that is told to stop."""
+_LOOK_SECONDS = 0.05
 _MARGIN_BYTES = 64 << 20
 """What an upload leaves free on the disk."""
 
@@ -103,6 +104,8 @@ def make(app: App, account: Account | None = None) -> Callable[..., Any]:
     )
     # gradio 6.31 checks the paths that a request names only in what was launched, not mounted.
     blocks.has_launched = True
+    # It looks for events a thousand times a second, which alone takes 3 % of a core.
+    blocks._queue.sleep_when_free = _LOOK_SECONDS
     rules = guard.Rules(
         settings.is_local,
         frozenset(name.lower() for name in (*settings.names, settings.host, *_own_names())),
