@@ -211,7 +211,8 @@ class Guard:
         if "\0" in path:
             return False
         real = Path(os.path.realpath(path))
-        return os.path.isabs(path) and any(real.is_relative_to(one) for one in self.rules.files)
+        ours = any(real.is_relative_to(one) for one in self.rules.files)
+        return os.path.isabs(path) and ours and real.is_file()
 
 
 def basic(user: str, password: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +21,7 @@ from sdopt.units import size
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.types import ASGIApp
 
 LOCK = "lock"
 _GRACE_SECONDS = 2
@@ -59,7 +60,7 @@ def serve(settings: Settings, started: Callable[[str], None] | None = None) -> N
         _server(application, lambda: started(address) if started else None).run([listener])
 
 
-def make(app: App, account: Account | None = None) -> Callable[..., Any]:
+def make(app: App, account: Account | None = None) -> ASGIApp:
     """The page as an ASGI application, behind its guard."""
     import fastapi
     import gradio as gr
@@ -87,6 +88,7 @@ def make(app: App, account: Account | None = None) -> Callable[..., Any]:
         server_name=settings.host,
         server_port=settings.port,
         footer_links=[],
+        app_kwargs={"openapi_url": None},
         run_history=False,
         auth_dependency=(lambda request: request.scope.get("sdopt.user")) if account else None,
         allowed_paths=[],
@@ -132,14 +134,11 @@ def _require() -> None:
     Raises:
         MissingDependencyError: saying what to install.
     """
-    try:
-        import gradio  # noqa: F401
-        import httpx  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("gradio", "httpx") if importlib.util.find_spec(name) is None]
+    if missing:
         raise MissingDependencyError(
-            f"the page needs {error.name}, which is not installed",
-            hint='pip install "sdopt[ui]"',
-        ) from error
+            f"the page needs {missing[0]}, which is not installed", hint='pip install "sdopt[ui]"'
+        )
 
 
 @contextmanager
@@ -223,8 +222,12 @@ def _environment(workspace: Workspace) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _server(application: Callable[..., Any], ready: Callable[[], None]) -> uvicorn.Server:
+def _server(application: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
     import uvicorn
+
+    from sdopt.ui.ending import Ending
+
+    ending = Ending(application)
 
     class Server(uvicorn.Server):
         """Says when it can be asked, and ends on a signal without passing it on."""
@@ -234,12 +237,16 @@ def _server(application: Callable[..., Any], ready: Callable[[], None]) -> uvico
             if self.started:
                 ready()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            ending.closing.set()
+            await super().shutdown(sockets)
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.force_exit = self.should_exit
             self.should_exit = True
 
     config = uvicorn.Config(
-        application,
+        ending,
         log_level="warning",
         access_log=False,
         server_header=False,
