@@ -130,3 +130,8 @@ def shown(name: str) -> str:
     """A name as an error shows it: short, and nothing in it that a terminal would act on."""
     printable = "".join(one if one.isprintable() else "?" for one in name[:200])
     return printable + ("..." if len(name) > 200 else "")
+
+
+def is_path(text: str) -> bool:
+    """Whether a text may lead anywhere as a path: out of the current folder, that is."""
+    return "/" in text or "\\" in text or text.startswith((".", "~"))

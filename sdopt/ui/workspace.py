@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdopt import datafile
 from sdopt.errors import PathError, UsageError, storage_error
 from sdopt.ui import names, storing
 from sdopt.ui.listing import INDEX, AdapterFile, BundleEntry, Listing, Source, is_bundle
@@ -16,7 +18,7 @@ OWN = ".sdopt-ui"
 """The folder below the root that holds what the server itself needs."""
 UPLOADS = "uploads"
 """The folder below the root that uploaded and downloaded models lie in."""
-_STALE_SECONDS = 3600.0
+_STALE_SECONDS = 24 * 3600.0
 
 
 class Workspace:
@@ -160,6 +162,27 @@ class Workspace:
         made = self.outgoing / (names.made_plain(output, "bundle").removesuffix(".zip") + ".zip")
         storing.write_zip(real, homes.pop(), made)
         return made
+
+    def shown(self, path: Path) -> Path:
+        """A copy of a file below the root that browsers may be given, an image of a job say.
+
+        It is made inside the kernel, once for each state of the file, and goes away with the
+        uploads.
+
+        Raises:
+            PathError: it is outside the root, no file, or the server's own.
+        """
+        name = self.relative(path)
+        real, state = self.root / name, (self.root / name).stat()
+        if not real.is_file() or real.is_relative_to(self.root / OWN):
+            raise PathError("this file is not to be shown", where=names.shown(name))
+        text = f"{name}\0{state.st_size}\0{state.st_mtime_ns}"
+        folder = self.incoming / f"shown-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        copy = folder / names.made_plain(real.name)
+        if not copy.is_file():
+            folder.mkdir(exist_ok=True)
+            datafile.copy_file(real, copy)
+        return copy
 
     @property
     def uploads(self) -> Path:

@@ -327,6 +327,26 @@ def test_an_archive_is_of_one_bundle_and_of_nothing_outside(tmp_path: Path) -> N
     assert not os.listdir(workspace.outgoing)
 
 
+def test_a_jobs_image_is_shown_as_a_copy(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    image = tmp_path / "b" / ".jobs" / "1" / "0000.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"one")
+    copy = workspace.shown(image)
+    assert (copy.name, copy.read_bytes()) == ("0000.png", b"one")
+    assert copy.is_relative_to(workspace.incoming)
+    assert workspace.shown(image) == copy
+    image.write_bytes(b"another")
+    assert workspace.shown(image).read_bytes() == b"another"
+    (tmp_path / "out.png").symlink_to("/etc/passwd")
+    (tmp_path / ".sdopt-ui" / "lock").touch()
+    for path in (tmp_path / "out.png", Path("/etc/passwd"), tmp_path / ".sdopt-ui" / "lock"):
+        with pytest.raises(PathError):
+            workspace.shown(path)
+    with pytest.raises(PathError):
+        workspace.shown(tmp_path / "b")
+
+
 def test_old_uploads_are_swept(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     old, new = _sent(workspace, "old.safetensors"), _sent(workspace, "new.safetensors")
