@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick lint docs format bench optimum tpu-env browser clean
+.PHONY: help venv demo test quick lint docs format bench optimum tpu-env browser ui clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,14 @@ browser: ## Chromium for the tests of pages
 	@./.ci/find-chromium 2>/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 		|| ./.ci/find-chromium
+
+# The digits model as a bundle, and as one file to be exported from the page.
+ui: $(STAMP) ## Serve the page of `sdopt ui` over the digits model, in build/ui
+	@mkdir -p build/ui
+	@$(BIN)/sdopt export examples/digits -o build/ui/digits --dtype fp32
+	@test -f build/ui/digits.safetensors \
+		|| $(BIN)/python examples/digits/single_file.py -o build/ui/digits.safetensors
+	@$(BIN)/sdopt ui --root build/ui
 
 clean: ## Remove .venv, caches and what the demo left
 	@rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

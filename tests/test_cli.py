@@ -70,6 +70,7 @@ COMMANDS = [
     "compare",
     "precision",
     "inspect",
+    "ui",
     "pack",
     "report",
     "passes",
@@ -115,6 +116,9 @@ def test_help_of_all(sdopt: Shell) -> None:
         ("no_stage_to_report", ("report", "b", "--stage", "optimised")),
         ("nothing_built_to_bench", ("bench", "b", "--target", "trt_rtx:dtype=fp16")),
         ("no_prompts", ("eval", "b", "--prompts", "nowhere.tsv")),
+        ("no_password", ("ui", "--host", "0.0.0.0")),
+        ("no_password_file", ("ui", "--auth", "me:nowhere")),
+        ("no_size", ("ui", "--max-upload", "much")),
         ("no_clip", ("eval", "b", "--prompts", "lines.txt", "--clip", ".")),
     ],
 )
