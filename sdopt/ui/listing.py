@@ -109,7 +109,10 @@ class Listing:
         yield from _below(self.root, DEPTH)
 
     def _file(self, path: Path) -> Source | AdapterFile:
-        state = path.stat()
+        try:
+            state = path.stat()
+        except FileNotFoundError:  # moved since the folder was read
+            return Source(self._name(path), "file", 0, error="the file is gone")
         key = (str(path), state.st_size, state.st_mtime_ns)
         if key not in self._known:
             self._known = {old: one for old, one in self._known.items() if old[0] != key[0]}
@@ -168,6 +171,8 @@ def _opened(path: Path, name: str, kind: str, size_bytes: int) -> Source:
     except SdoptError as error:
         text = ": ".join(filter(None, (error.message, error.why)))
         return Source(name, kind, size_bytes, error=names.shown(text))
+    except OSError as error:  # not ours to read
+        return Source(name, kind, size_bytes, error=error.strerror or str(error))
     return Source(
         name,
         kind,

@@ -36,6 +36,10 @@ class Served:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
+    def forget_peak(self) -> None:
+        """Let ``VmHWM`` begin again at what is resident now."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
     def cpu_seconds(self) -> float:
         """What the process has computed so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()

@@ -423,6 +423,24 @@ def test_headers_are_read_once(models: Workspace, monkeypatch: pytest.MonkeyPatc
     assert not [path for path in opened if path.endswith(".safetensors")]
 
 
+def test_what_cannot_be_read_is_listed_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "mine.safetensors", table(a=[4]), floats(4))
+    workspace = Workspace(tmp_path)
+
+    def refused(_: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("sdopt.ui.listing.open_source", refused)
+    (found,) = workspace.sources()
+    assert (found.name, found.error) == ("mine.safetensors", "Permission denied")
+    gone = workspace.root / "gone.safetensors"
+    assert workspace._listing.source(gone) == Source(
+        gone.name, "file", 0, error="the file is gone"
+    )
+
+
 def test_a_folder_with_a_link_out_is_an_error_and_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "root" / "model" / "unet").mkdir(parents=True)
     (tmp_path / "outside").write_text("{}")
