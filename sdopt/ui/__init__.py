@@ -1,0 +1,1 @@
+"""The page of ``sdopt ui``: it calls ``sdopt.api`` and shows its reports."""
