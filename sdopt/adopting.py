@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sdopt import companions, modelfile, provenance, stage_report
-from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle, Stage
+from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle, Stage, is_vacant
 from sdopt.errors import BundleError, SourceError, UsageError, storage_error
 from sdopt.manifest import RECORD_KEY, ComponentEntry, StageRecord
 from sdopt.passes.base import Role
@@ -137,7 +137,7 @@ def _bundle(root: Path, path: Path, component: str) -> Bundle:
                 why=f"it holds {known.origin}, of the family {known.family}",
                 hint="choose another -o",
             )
-    elif root.exists() and not (root / LOCK).is_file() and (root.is_file() or any(root.iterdir())):
+    elif root.exists() and not (root / LOCK).is_file() and (root.is_file() or not is_vacant(root)):
         raise BundleError(
             "this is something else than a bundle",
             where=str(root),

@@ -21,6 +21,8 @@ from sdopt.spec import suggest
 MANIFEST = "manifest.json"
 LOCK = ".sdopt.lock"
 """The file that a writer holds; it is there before the manifest is."""
+JOBS = ".jobs"
+"""Of ``sdopt ui``: what it was asked to do with a bundle, kept in the bundle and no part of it."""
 RAW = "model"
 """The stage that export writes; its file is ``model.onnx``, where every tool looks for it."""
 OPTIMIZED = "optimized"
@@ -226,6 +228,11 @@ class Bundle:
         stage_report.remove_orphans(path)
         stage = Stage(record.component, record.stage, path, saved.digest, record)
         return stage, saved.bytes_written
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a bundle may be made in a folder: nothing is in it, or nothing but jobs."""
+    return all(one.name == JOBS for one in folder.iterdir())
 
 
 def _text(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdopt import datafile, modelfile, provenance, stage_report
-from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle
+from sdopt.bundle import LOCK, MANIFEST, RAW, Bundle, is_vacant
 from sdopt.errors import BundleError, UsageError, storage_error
 from sdopt.exporters.components import COMPONENTS
 from sdopt.manifest import ComponentEntry, StageRecord
@@ -104,7 +104,7 @@ def _root(source: Source, output: str | Path | None, in_place: bool) -> Path:
     if output is None:
         raise UsageError("where to?", hint="sdopt export SOURCE -o BUNDLE")
     root = Path(output)
-    if root.is_dir() and any(root.iterdir()) and not _is_bundle(root):
+    if root.is_dir() and not is_vacant(root) and not _is_bundle(root):
         raise BundleError(
             "this folder is not empty and not a bundle",
             where=str(root),

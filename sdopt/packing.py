@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdopt import datafile, modelfile, stage_report
-from sdopt.bundle import MANIFEST, OPTIMIZED, RAW, Bundle, Stage
+from sdopt.bundle import MANIFEST, OPTIMIZED, RAW, Bundle, Stage, is_vacant
 from sdopt.errors import BundleError, storage_error
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest
 from sdopt.report import ComponentReport, Progress, Report, part
@@ -34,7 +34,7 @@ def pack(
         StorageError: the disk is full.
     """
     opened, root, start = Bundle.open(bundle), Path(output), time.perf_counter()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if root.exists() and (not root.is_dir() or not is_vacant(root)):
         raise BundleError(
             "the output folder is not empty", where=str(root), hint="choose a new folder"
         )
@@ -89,7 +89,8 @@ def _copy_files(bundle: Bundle, root: Path) -> None:
     """Everything that is not a component: tokenizer, scheduler, model_index.json."""
     folders = {bundle.folder(name) for name in bundle.components}
     for path in sorted(bundle.path.rglob("*")):
-        if not path.is_file() or path.name.endswith(_OWN) or path.name.startswith("."):
+        parts = path.relative_to(bundle.path).parts
+        if not path.is_file() or path.name.endswith(_OWN) or any(p[0] == "." for p in parts):
             continue
         if any(path.is_relative_to(folder) for folder in folders):
             continue
