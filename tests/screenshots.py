@@ -1,18 +1,22 @@
-"""The pictures of pages in docs/images, made anew: ``python -m tests.screenshots``."""
+"""The pictures of pages in docs/images, made anew: ``python -m tests.screenshots [report|ui]``."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.browser import opened
+from playwright.sync_api import expect
+
+from tests.browser import browsing, opened
+from tests.ui.test_page import choose, come, ended, press, serving, tab
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-WIDTH, HEIGHT = 1280, 900
+WIDTH, HEIGHT, NARROW = 1280, 900, 390
 PART = """
 #s1 > :not(h2, figure), #s3 > :not(h2, figure) { display: none; }
 #s4 > details, #s4 > figure:first-of-type, #s4 > figure:nth-of-type(n+3) { display: none; }
@@ -47,8 +51,45 @@ def report() -> None:
         one.page.screenshot(path=IMAGES / "report.png", full_page=True, scale="css")
 
 
+def ui() -> None:
+    """``ui-*.png``: the page over the digits model, after a dry run and after drawing."""
+    Path("examples").unlink(missing_ok=True)
+    Path("examples").symlink_to(ROOT / "examples")
+    root = Path("root").absolute()
+    root.mkdir()
+    sdopt("export", "examples/digits", "-o", "root/digits", "--dtype", "fp32")
+    with serving(root) as address, browsing(WIDTH, HEIGHT) as one:
+        page = one.page
+        come(page, address)
+        tab(page, "2 Recipe")
+        page.get_by_role("checkbox", name=re.compile("tome: ")).check()
+        page.get_by_label("tome: blocks").fill("3")
+        expect(page.get_by_label("Recipe")).to_have_value(re.compile("tome=3"))
+        press(page, "Dry run")
+        ended(page, "dry run optimized")
+        page.screenshot(path=IMAGES / "ui-recipe.png", full_page=True, scale="css")
+        press(page, "Optimize and build")
+        ended(page, "optimize optimized, build ort")
+        tab(page, "Draw")
+        page.locator("#prompt textarea").fill("a handwritten seven\na handwritten two")
+        page.get_by_label("Steps").locator("visible=true").fill("10")
+        page.get_by_label("Guidance scale").locator("visible=true").fill("2")
+        choose(page, "Runs", "ort_cpu")
+        choose(page, "Draw the same by", "model")
+        press(page, "Draw")
+        ended(page, "draw a handwritten seven")
+        expect(page.locator("#ab img").first).to_be_visible()
+        page.wait_for_timeout(1000)
+        page.screenshot(path=IMAGES / "ui-draw.png", full_page=True, scale="css")
+        page.set_viewport_size({"width": NARROW, "height": HEIGHT})
+        page.wait_for_timeout(500)
+        page.screenshot(path=IMAGES / "ui-narrow.png", scale="css")
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PYTHONPATH"] = str(ROOT)
         os.chdir(folder)
-        report()
+        for name, make in (("report", report), ("ui", ui)):
+            if not sys.argv[1:] or name in sys.argv[1:]:
+                make()

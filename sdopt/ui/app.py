@@ -5,11 +5,12 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from sdopt.ui.jobs import JobQueue
     from sdopt.ui.workspace import Workspace
 
 PORT = 7860
@@ -74,5 +75,5 @@ class App:
     """What ``sdopt.ui.page.build`` makes a page of; ``queue`` is a ``sdopt.ui.jobs.JobQueue``."""
 
     workspace: Workspace
-    queue: Any
+    queue: JobQueue
     settings: Settings

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdopt.errors import MissingDependencyError, UsageError
 from sdopt.ui.app import App, Settings
@@ -99,10 +99,9 @@ def make(app: App, account: Account | None = None) -> ASGIApp:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=getattr(page, "THEME", None) or plain_theme(),
-        css=getattr(page, "CSS", None),
-        head=getattr(page, "HEAD", None),
-        js=getattr(page, "JS", None),
+        theme=page.THEME,
+        css=page.CSS,
+        i18n=page.I18N,
     )
     # gradio 6.31 checks the paths that a request names only in what was launched, not mounted.
     blocks.has_launched = True
@@ -117,15 +116,6 @@ def make(app: App, account: Account | None = None) -> ASGIApp:
         lambda count: _room(workspace, count),
     )
     return guard.Guard(api, rules)
-
-
-def plain_theme() -> Any:
-    """Gradio's look in the fonts of the system: no font is fetched from anywhere."""
-    import gradio as gr
-
-    return gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
 
 
 def _require() -> None:

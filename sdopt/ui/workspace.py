@@ -18,6 +18,8 @@ OWN = ".sdopt-ui"
 """The folder below the root that holds what the server itself needs."""
 UPLOADS = "uploads"
 """The folder below the root that uploaded and downloaded models lie in."""
+PICTURES = "pictures"
+"""The folder in the server's own that start images lie in, as long as jobs may need them."""
 _STALE_SECONDS = 24 * 3600.0
 
 
@@ -144,6 +146,19 @@ class Workspace:
         file = self._sent(upload)
         storing.check_picture(file)
         return file
+
+    def keep_picture(self, upload: Path) -> str:
+        """An image that a browser sent, kept for the jobs that name it; its path below the root.
+
+        Raises:
+            PathError, UsageError: see ``picture``.
+            StorageError: the disk is full.
+        """
+        data = self.picture(upload).read_bytes()
+        kept = self.root / OWN / PICTURES / f"{hashlib.sha256(data).hexdigest()[:32]}.png"
+        kept.parent.mkdir(mode=0o700, exist_ok=True)
+        datafile.write_bytes(kept, data)
+        return kept.relative_to(self.root).as_posix()
 
     def zipped(self, paths: Sequence[Path], output: str) -> Path:
         """Files and folders of one bundle in ``outgoing/OUTPUT.zip``, named as in the bundle.

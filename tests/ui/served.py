@@ -96,6 +96,7 @@ def _page() -> types.ModuleType:
 
     module = types.ModuleType("sdopt.ui.page")
     module.build = build  # type: ignore[attr-defined]
+    module.THEME = module.CSS = module.I18N = None  # type: ignore[attr-defined]
     return module
 
 
