@@ -16,7 +16,7 @@ from tests.ui.test_page import choose, come, ended, press, serving, tab
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-WIDTH, HEIGHT, NARROW = 1280, 900, 390
+WIDTH, HEIGHT, TALL, NARROW = 1280, 900, 1400, 390
 PART = """
 #s1 > :not(h2, figure), #s3 > :not(h2, figure) { display: none; }
 #s4 > details, #s4 > figure:first-of-type, #s4 > figure:nth-of-type(n+3) { display: none; }
@@ -67,7 +67,8 @@ def ui() -> None:
         expect(page.get_by_label("Recipe")).to_have_value(re.compile("tome=3"))
         press(page, "Dry run")
         ended(page, "dry run optimized")
-        page.screenshot(path=IMAGES / "ui-recipe.png", full_page=True, scale="css")
+        page.set_viewport_size({"width": WIDTH, "height": TALL})
+        page.screenshot(path=IMAGES / "ui-recipe.png", scale="css")
         press(page, "Optimize and build")
         ended(page, "optimize optimized, build ort")
         tab(page, "Draw")

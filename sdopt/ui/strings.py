@@ -74,8 +74,6 @@ STRINGS: Final[dict[str, tuple[str, str]]] = {
     "optimize": ("Optimize", "优化"),
     "targets": ("Targets", "目标平台"),
     "targets_info": ("What is installed here stands beside each", "旁边标明本机是否已安装"),
-    "installed": ("installed", "已安装"),
-    "missing": ("not installed; emit-only works", "未安装；仍可只生成构建包"),
     "precision": ("Precision", "精度"),
     "of_target": ("the target's own", "目标默认"),
     "target_options": ("More options of the targets", "目标的其他参数"),
@@ -97,7 +95,6 @@ STRINGS: Final[dict[str, tuple[str, str]]] = {
     "convert": ("Optimize and build", "优化并构建"),
     # jobs
     "job": ("Job", "任务"),
-    "progress": ("Progress", "进度"),
     "no_job": ("No job yet.", "还没有任务。"),
     "cancel": ("Cancel", "取消"),
     "forget": ("Remove from the list", "从列表移除"),
@@ -128,7 +125,6 @@ STRINGS: Final[dict[str, tuple[str, str]]] = {
     "left_alone": ("Left alone", "未改写"),
     "written": ("Written", "写入"),
     "up_to_date": ("up to date", "无需更新"),
-    "artifact": ("Artifact", "产物"),
     "before": ("before", "之前"),
     "after": ("after", "之后"),
     "operators": ("Operators before and after", "算子数量：之前与之后"),
@@ -181,14 +177,10 @@ STRINGS: Final[dict[str, tuple[str, str]]] = {
     # messages
     "submitted": ("Queued: {title}", "已排队：{title}"),
     "taken": ("Uploaded: {name}", "已上传：{name}"),
-    "choose_model": ("Choose a model first.", "请先选择模型。"),
-    "choose_source": ("Choose a checkpoint first.", "请先选择模型权重。"),
-    "choose_target": ("Choose a target first.", "请先选择目标平台。"),
     "nothing_missing": ("complete", "完整"),
     "lacks": ("lacks {parts}", "缺少 {parts}"),
     "family": ("Family", "模型系列"),
     "size": ("Size", "大小"),
-    "recipe_error": ("The recipe cannot be used", "配方无法使用"),
 }
 """Key to (English, Chinese)."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from sdopt import api, registry
 from sdopt.errors import PathError, SdoptError, SpecError, UnknownNameError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.ui import packages, recipes, requests, strings
-from sdopt.ui.jobs import Call, Event, JobError, JobView, State
+from sdopt.ui.jobs import Call, Event, JobError, JobQueue, JobView, State
 from sdopt.ui.shown import job_html, link_html, notice_html
 from sdopt.ui.workspace import Workspace
+from tests.ui.file_server import Hosted, hosting
 
 DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits"
 FAST = "clean,raise_ops,clean,fuse_qkv,pad_align"
@@ -255,6 +258,7 @@ def test_every_text_is_used_and_every_used_text_is_there() -> None:
     folder = Path(strings.__file__).parent
     files = [path for path in folder.iterdir() if path.suffix in (".py", ".jinja")]
     source = "".join(path.read_text("utf-8") for path in files if path.name != "strings.py")
+    source = source.replace("'", '"')
     used = set(re.findall(r"""(?:texts|say)\(\s*"(\w+)\"""", source))
     assert used <= set(strings.STRINGS)
     unused = {key for key in strings.STRINGS if f'"{key}"' not in source}
@@ -272,3 +276,33 @@ def test_every_text_is_used_and_every_used_text_is_there() -> None:
 )
 def test_the_language_is_the_browsers(header: str | None, language: str) -> None:
     assert strings.language_of(header) == language
+
+
+def test_a_download_is_a_job_like_any_other(workspace: Workspace) -> None:
+    content = (DIGITS / "next.safetensors").read_bytes()
+    queue = JobQueue(workspace.root)
+    queue.start()
+    try:
+        with hosting(Hosted(content)) as hosted:
+            url = hosted.url
+            sha256 = hashlib.sha256(content).hexdigest()
+            call = requests.fetch(
+                url, "uploads", limit_bytes=10**9, sha256=sha256, allow_private=True
+            )
+            ids = [queue.submit("uploads", "fetch", [call])]
+            refused = requests.fetch(url, "uploads", limit_bytes=10**9)
+            ids.append(queue.submit("uploads", "fetch", [refused]))
+            deadline = time.monotonic() + 120
+            while queue.busy():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        done, failed = map(queue.job, ids)
+    finally:
+        queue.close()
+    assert done.state is State.DONE, done.error
+    (result,) = done.results
+    assert (workspace.root / result["file"]).read_bytes() == content
+    assert [one.name for one in workspace.adapters()] == [result["file"]]
+    assert failed.state is State.FAILED
+    assert failed.error is not None
+    assert "--allow-private-urls" in (failed.error.hint or "")

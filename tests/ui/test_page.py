@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_from_a_single_file_to_images(checkpoint: Path, tmp_path: Path) -> None:
         assert len(images) == 4
         assert "seven" in Image.open(images[0]).text["prompt"]
 
+        tab(page, "Image to image")
+        page.locator("#start-image input[type=file]").set_input_files(images[0])
+        expect(page.locator("#start-image img")).to_be_visible()
+        page.locator("#prompt textarea").fill("a handwritten nine")
+        choose(page, "Draw the same by", "none")
+        press(page, "Draw")
+        ended(page, "draw a handwritten nine")
+        expect(shown).to_have_count(1, timeout=LONG)
+
         tab(page, "Look")
         press(page, "Make the report")
         ended(page, "report")
@@ -175,6 +185,24 @@ def test_a_running_job_is_cancelled_and_one_that_fails_says_what_to_do(address: 
         press(page, "Draw")
         ended(page, "draw a handwritten four", "failed")
         expect(page.get_by_role("alert")).to_contain_text("multiple of 8")
+
+
+def test_what_was_built_is_downloaded_as_a_zip(address: str, root: Path) -> None:
+    with browsing() as opened:
+        page = opened.page
+        come(page, address)
+        tab(page, "2 Recipe")
+        page.get_by_label("Emit only").check()
+        press(page, "Build")
+        ended(page, "build ort")
+        choose(page, "To download", "build-ort_cpu")
+        press(page, "Make a zip")
+        with page.expect_download() as found:
+            page.locator("#download a").click()
+        with zipfile.ZipFile(found.value.path()) as archive:
+            names = archive.namelist()
+    assert {"build-ort_cpu.md", "unet/ort_cpu.onnx"} <= set(names)
+    assert all((root / "digits" / name).is_file() for name in names)
 
 
 HOSTILE = ["../../etc/passwd", "/etc/passwd", "..", "a/../../b", "x\\..\\y", ".hidden", "-"]
