@@ -61,7 +61,9 @@ class Shared:
     def state(self, job: str | None, language: str) -> list[Any]:
         """Updates of the job list, the panel, the timer and the counter."""
         queue = self.app.queue
-        jobs = queue.jobs()
+        # In this order what is shown is never older than what says whether to ask again.
+        changes, jobs = queue.changes(), queue.jobs()
+        busy = any(not one.state.final for one in jobs)
         ids = [one.id for one in jobs]
         chosen = job if job in ids else next(iter(ids), None)
         listed = [(listing(one, language), one.id) for one in jobs]
@@ -69,8 +71,8 @@ class Shared:
         return [
             gr.Dropdown(choices=listed, value=chosen),
             job_html(view, language),
-            gr.Timer(active=queue.busy()),
-            queue.changes(),
+            gr.Timer(active=busy),
+            changes,
         ]
 
     def check(self, name: str) -> Path:
