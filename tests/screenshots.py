@@ -68,6 +68,7 @@ def ui() -> None:
         press(page, "Dry run")
         ended(page, "dry run optimized")
         page.set_viewport_size({"width": WIDTH, "height": TALL})
+        page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=IMAGES / "ui-recipe.png", scale="css")
         press(page, "Optimize and build")
         ended(page, "optimize optimized, build ort")
