@@ -1,0 +1,87 @@
+"""Where the tasks of a sweep work: one folder per machine, with the same layout on each."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdopt.errors import storage_error
+
+BUNDLE, IMAGES, OUTCOMES = "bundle", "images", "outcomes"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder in which a machine does its share of a sweep.
+
+    ``bundle`` holds the stages and builds side by side, ``images/KEY/SEED`` what was drawn,
+    ``outcomes/KEY.json`` each finished task. Paths in outcomes are relative to ``root``.
+
+    Attributes:
+        root: the folder.
+    """
+
+    root: Path
+
+    @property
+    def bundle(self) -> Path:
+        """The work bundle: the raw stage as it was given, and what the sweep made of it."""
+        return self.root / BUNDLE
+
+    def images(self, key: str) -> Path:
+        """The folder of the images of a scoring task."""
+        return self.root / IMAGES / key
+
+    def outcome(self, key: str) -> Path:
+        """The file of a finished task."""
+        return self.root / OUTCOMES / f"{key}.json"
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the work bundle; whoever else wants to write into it waits.
+
+        What is brought from another machine is put in under it too, data files before the graphs
+        that use them: a commit removes data files that no graph names.
+        """
+        with waiting_lock(self.root / ".bundle.lock"):
+            yield
+
+
+@contextlib.contextmanager
+def device_lock(device: str) -> Iterator[None]:
+    """Hold a device of this machine (``cpu``, ``cuda:0``) for timing; another timing waits.
+
+    The lock is the machine's, whichever sweep, process or Ray node of it asks.
+    """
+    name = f"sdopt-{os.getuid()}-{_physical(device)}.lock"
+    with waiting_lock(Path(tempfile.gettempdir()) / name):
+        yield
+
+
+def _physical(device: str) -> str:
+    """A card by what CUDA_VISIBLE_DEVICES calls it, since ``cuda:0`` is what is visible."""
+    kind, _, number = device.partition(":")
+    shown = [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if kind == "cuda" and int(number or 0) < len(shown) and shown[int(number or 0)]:
+        number = shown[int(number or 0)]
+    return f"{kind}-{number}" if number else kind
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock, after whoever holds it; a process that is killed lets go."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise storage_error(error, f"open {path.name}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
