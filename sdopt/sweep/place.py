@@ -6,11 +6,14 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdopt import reading
 from sdopt.errors import storage_error
+from sdopt.sweep.records import Outcome
 
 BUNDLE, IMAGES, OUTCOMES = "bundle", "images", "outcomes"
 
@@ -41,26 +44,35 @@ class Place:
         """The file of a finished task."""
         return self.root / OUTCOMES / f"{key}.json"
 
+    def finished(self, key: str) -> Outcome | None:
+        """The outcome of a task that was finished here, if all its files are there."""
+        path = self.outcome(key)
+        if not path.is_file():
+            return None
+        outcome = Outcome.from_json(reading.table(path.read_bytes()))
+        there = all((self.root / one).is_file() for one in outcome.files)
+        return outcome if there else None
+
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[float]:
         """Hold the work bundle; whoever else wants to write into it waits.
 
         What is brought from another machine is put in under it too, data files before the graphs
         that use them: a commit removes data files that no graph names.
         """
-        with waiting_lock(self.root / ".bundle.lock"):
-            yield
+        with waiting_lock(self.root / ".bundle.lock") as waited:
+            yield waited
 
 
 @contextlib.contextmanager
-def device_lock(device: str) -> Iterator[None]:
+def device_lock(device: str) -> Iterator[float]:
     """Hold a device of this machine (``cpu``, ``cuda:0``) for timing; another timing waits.
 
     The lock is the machine's, whichever sweep, process or Ray node of it asks.
     """
     name = f"sdopt-{os.getuid()}-{_physical(device)}.lock"
-    with waiting_lock(Path(tempfile.gettempdir()) / name):
-        yield
+    with waiting_lock(Path(tempfile.gettempdir()) / name) as waited:
+        yield waited
 
 
 def _physical(device: str) -> str:
@@ -73,8 +85,12 @@ def _physical(device: str) -> str:
 
 
 @contextlib.contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, after whoever holds it; a process that is killed lets go."""
+def waiting_lock(path: Path) -> Iterator[float]:
+    """Hold a file's lock, after whoever holds it; gives the seconds that it waited.
+
+    A process that is killed lets go.
+    """
+    start = time.perf_counter()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -82,6 +98,6 @@ def waiting_lock(path: Path) -> Iterator[None]:
         raise storage_error(error, f"open {path.name}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield time.perf_counter() - start
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from sdopt.errors import WorkerError
-from sdopt.sweep.tasks import Failure, Outcome, Task
+from sdopt.sweep.records import Failure, Outcome, Task
 
 OnDone = Callable[[Task, Outcome], None]
 """Told of each task when it is finished, once, in the driver; what needs it starts afterwards."""
@@ -44,6 +44,8 @@ class Schedule:
     Args:
         tasks: all of them.
         known: outcomes of earlier tasks.
+        quiet: whether all tasks run on one machine, where timing is to have its device without
+            scoring beside it, and waits until nothing else can run there.
         alone: the name of what a task must have for itself among those at work, None where it
             needs nothing; by default timing has its device, and the work bundle has one writer.
     """
@@ -53,10 +55,13 @@ class Schedule:
         tasks: Sequence[Task],
         known: Mapping[str, Outcome],
         alone: Callable[[Task], str | None] | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         self._left = {task.key: task for task in tasks}
         self._known = dict(known)
         self._alone = alone or locally_alone
+        self._quiet = quiet
         self._running: dict[str, Task] = {}
         self._attempts: dict[str, int] = {}
         self._beside: dict[str, dict[str, None]] = {}
@@ -73,10 +78,15 @@ class Schedule:
         """
         held = {name for task in self._running.values() if (name := self._alone(task))}
         found = []
+        busy = {task.device for task in self._running.values()}
+        timed = {task.device for task in self._running.values() if task.kind == "time"}
         for task in sorted(self._left.values(), key=lambda one: one.kind == "time"):
             name = self._alone(task)
             if name in held or not all(need in self._known for need in task.needs):
                 continue
+            if self._quiet and task.device in (busy if task.kind == "time" else timed):
+                continue
+            busy.add(task.device)
             if name:
                 held.add(name)
             found.append(task)
