@@ -13,7 +13,7 @@ import pytest
 
 from sdopt.sweep import provenance
 from sdopt.sweep.place import Place
-from sdopt.sweep.tasks import Outcome, Task
+from sdopt.sweep.records import Outcome, Task
 
 STORE = 80 << 20
 """Bytes of each node's object store, about the least that Ray takes."""

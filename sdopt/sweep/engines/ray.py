@@ -30,7 +30,8 @@ from sdopt.sweep.engines.ray_node import (
     tidy,
 )
 from sdopt.sweep.place import Place
-from sdopt.sweep.tasks import Outcome, Task, execute
+from sdopt.sweep.records import Outcome, Task
+from sdopt.sweep.tasks import execute
 
 INCOMING = "incoming"
 """The folder of the driver's place for files that are on their way."""
@@ -181,7 +182,7 @@ class RayEngine:
         needed = [
             self._digests.blob(path)
             for need in task.needs
-            for path in in_order(schedule.outcome(need).files)
+            for path in schedule.outcome(need).files
         ]
         stream = self._perform.options(
             **taken.options,

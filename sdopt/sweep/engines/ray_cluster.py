@@ -11,7 +11,7 @@ from typing import Any
 from sdopt.errors import UsageError
 from sdopt.sweep import provenance
 from sdopt.sweep.engines.ray_node import Facts, facts
-from sdopt.sweep.tasks import Task
+from sdopt.sweep.records import Task
 
 _ANSWER = 120.0
 """Seconds that a node has to say what it is: it imports sdopt for that."""

@@ -18,7 +18,8 @@ from typing import Any
 from sdopt.sweep import blobs, provenance
 from sdopt.sweep.blobs import Blob, Cache
 from sdopt.sweep.place import Place
-from sdopt.sweep.tasks import Outcome, Task, execute
+from sdopt.sweep.records import Outcome, Task
+from sdopt.sweep.tasks import execute
 
 AHEAD = 3
 """Pieces that are under way to a node at once."""
