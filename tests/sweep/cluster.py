@@ -11,17 +11,32 @@ from typing import Any
 
 import pytest
 
+from sdopt import datafile
+from sdopt.errors import BuildError
 from sdopt.sweep import provenance
 from sdopt.sweep.place import Place
-from sdopt.sweep.records import Outcome, Task
+from sdopt.sweep.records import Failure, Outcome, Task
 
-STORE = 80 << 20
-"""Bytes of each node's object store, about the least that Ray takes."""
+NODE = {
+    "num_cpus": 1,
+    "object_store_memory": 80 << 20,  # about the least that Ray takes
+    "node_ip_address": "127.0.0.1",
+    "include_dashboard": False,
+}
+"""What every node is started with."""
+
+HEALTH = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+"""A lost node is known as such after 2 seconds and not after 15."""
 
 
 @contextmanager
 def two_nodes() -> Iterator[Any]:
-    """A cluster of two nodes with a CPU each, on 127.0.0.1 and without the network."""
+    """A cluster of two nodes with a CPU each, the second with a GPU of no kind; on 127.0.0.1."""
     with pytest.MonkeyPatch.context() as patch:
         # Read when Ray is imported: nothing is reported, and its address is that of loopback.
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -29,15 +44,9 @@ def two_nodes() -> Iterator[Any]:
         import ray
         from ray.cluster_utils import Cluster
 
-        node = {
-            "num_cpus": 1,
-            "object_store_memory": STORE,
-            "node_ip_address": "127.0.0.1",
-            "include_dashboard": False,
-        }
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": HEALTH})
         try:
-            cluster.add_node(**node)
+            cluster.add_node(**NODE, num_gpus=1)
             yield cluster
         finally:
             ray.shutdown()
@@ -45,14 +54,25 @@ def two_nodes() -> Iterator[Any]:
 
 
 def do(task: Task, place: Place) -> Outcome:
-    """Write what the task says and what the files that it works on hold."""
+    """Write what the task is called and what the files hold that it reads.
+
+    ``work``: ``read``, paths in the place; ``folder``, where a file per start is left, with the
+    node and the process; ``seconds`` to sleep; ``fail``, a message.
+    """
+    import ray
+
+    node, begin = ray.get_runtime_context().get_node_id(), time.time()
+    log = Path(task.work["folder"]) / f"{task.key}-{time.time_ns()}"
+    datafile.write_bytes(log, f"{node} {os.getpid()}".encode())
     path = place.root / "made" / f"{task.key}.txt"
     path.parent.mkdir(exist_ok=True)
     needed = b"".join((place.root / one).read_bytes() for one in task.work.get("read", ()))
     path.write_bytes(f"{task.key}: ".encode() + needed)
-    if (flag := task.work.get("flag")) is not None:
-        Path(flag).touch()
     time.sleep(task.work.get("seconds", 0.0))
-    data = {"pid": os.getpid(), "bytes": len(needed)}
+    if (message := task.work.get("fail")) is not None:
+        failure = Failure.of(BuildError(message))
+        return Outcome(task.key, failure=failure, here=provenance.here())
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    data = {"node": node, "begin": begin, "end": time.time(), "card": card}
     files = (str(path.relative_to(place.root)),)
     return Outcome(task.key, data, files, here=provenance.here(), finished=provenance.now())

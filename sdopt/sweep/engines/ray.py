@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -39,7 +40,7 @@ INCOMING = "incoming"
 _UNDER_WAY = 4
 """Items that a node may send ahead of the driver."""
 _PATIENCE = 1.0
-"""Seconds after which the driver looks at the cluster anew although no task has news."""
+"""Seconds after which the driver looks at the cluster anew."""
 _TIDYING = 30.0
 
 
@@ -110,6 +111,7 @@ class RayEngine:
         self._order = Order(sweep, place.root.resolve(), look, do)
         self._jobs: list[_Job] = []
         self._spans: list[_Span] = []
+        self._looked = time.monotonic()
         shutil.rmtree(place.root / INCOMING, ignore_errors=True)  # of a driver that was killed
         self._own = _connect(self._ray, address)
         try:
@@ -200,7 +202,8 @@ class RayEngine:
         ready = self._ray.wait(streams, timeout=_PATIENCE)[0] if streams else []
         for job in [one for one in self._jobs if any(one.stream is it for it in ready)]:
             yield from self._hear(schedule, job)
-        if not ready:
+        if time.monotonic() - self._looked > _PATIENCE:
+            self._looked = time.monotonic()
             self._cluster.refresh()
             for job in list(self._jobs):
                 if job.span is None and job.pinned not in (None, *self._cluster.nodes):
@@ -247,7 +250,6 @@ class RayEngine:
 
     def _lose(self, schedule: Schedule, job: _Job, why: str) -> Iterator[tuple[Task, Outcome]]:
         self._forget(job)
-        self._cluster.refresh()
         where = f"{job.task.label or job.task.key} on a node of the cluster"
         yield from schedule.lost(
             job.task,
