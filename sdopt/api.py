@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sdopt.recorded import Recording
     from sdopt.reporting import Options, Written
     from sdopt.runtime.generate import Generated
+    from sdopt.sweep.result import Result
 
 __all__ = [
     "adopt",
@@ -43,6 +44,7 @@ __all__ = [
     "record",
     "report",
     "run",
+    "sweep",
 ]
 
 
@@ -243,6 +245,15 @@ def evaluate(
     from sdopt import evaluating
 
     return evaluating.evaluate(bundle, prompts, output, **options)
+
+
+def sweep(
+    bundle: str | Path, output: str | Path, file: str | Path | None = None, **options: Any
+) -> Result:
+    """Try recipes on targets and sizes; see ``sdopt.sweep.asking.sweep`` for the options."""
+    from sdopt.sweep import asking
+
+    return asking.sweep(bundle, output, file, **options)
 
 
 def report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import tempfile
 import time
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import reading
-from sdopt.errors import storage_error
+from sdopt.errors import UsageError, storage_error
 from sdopt.sweep.records import Outcome
 
 BUNDLE, IMAGES, OUTCOMES = "bundle", "images", "outcomes"
+RAW_FILES = "raw.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Place:
     def bundle(self) -> Path:
         """The work bundle: the raw stage as it was given, and what the sweep made of it."""
         return self.root / BUNDLE
+
+    def raw_files(self) -> list[str]:
+        """The files of the work bundle as it was given, relative to ``root``."""
+        return [str(one) for one in json.loads((self.root / RAW_FILES).read_text())]
 
     def images(self, key: str) -> Path:
         """The folder of the images of a scoring task."""
@@ -62,6 +68,33 @@ class Place:
         """
         with waiting_lock(self.root / ".bundle.lock") as waited:
             yield waited
+
+
+@contextlib.contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Be the one that runs the sweep of a folder.
+
+    Raises:
+        UsageError: another process does.
+        StorageError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise storage_error(error, f"make {folder}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                "another sdopt sweeps into this folder",
+                where=str(folder),
+                hint="wait for it to end, or use another folder (-o)",
+            ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

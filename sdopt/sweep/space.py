@@ -22,9 +22,7 @@ from sdopt.sweep.candidate import Candidate
 MOST = 10_000
 """Points that are listed and checked at most."""
 
-_RANGE = re.compile(
-    r"(?P<low>-?\d+(\.\d+)?)\.\.(?P<high>-?\d+(\.\d+)?)(/(?P<step>\d+(\.\d+)?))?"
-)
+_RANGE = re.compile(r"(?P<low>-?\d+(\.\d+)?)\.\.(?P<high>-?\d+(\.\d+)?)(/(?P<step>\d+(\.\d+)?))?")
 _QUOTED = re.compile(r"""("[^"]*"|'[^']*')""")
 
 

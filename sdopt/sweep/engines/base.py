@@ -18,13 +18,11 @@ ATTEMPTS = 3
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """Something that runs tasks; opened once for all rounds of a sweep.
+    """Something that runs tasks; opened once for all rounds of a sweep."""
 
-    Attributes:
-        label: for people: ``2 processes``.
-    """
-
-    label: str
+    @property
+    def label(self) -> str:
+        """For people: ``2 processes``."""
 
     def run(self, tasks: Sequence[Task], known: Mapping[str, Outcome], on_done: OnDone) -> None:
         """Run all tasks, each after those that it needs; returns when all are finished.
