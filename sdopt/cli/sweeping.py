@@ -94,13 +94,7 @@ def run(
     scheduler: Annotated[str | None, typer.Option(help="The bundle's by default.")] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="Timed calls of the denoiser.  [default: 10]")
-    ] = None,
-    image_rounds: Annotated[
-        int | None, typer.Option(help="Timed whole images.  [default: 3]")
-    ] = None,
-    warm_up: Annotated[
-        int | None, typer.Option(help="Calls of the denoiser before those.  [default: 3]")
+        int | None, typer.Option(help="Timed batches of whole images.  [default: 5]")
     ] = None,
     pause: Annotated[
         float | None, typer.Option(help="Seconds of rest before each.  [default: 0.1]")
@@ -150,8 +144,6 @@ def run(
         "scheduler": scheduler,
         "negative": negative,
         "rounds": rounds,
-        "image_rounds": image_rounds,
-        "warm_up": warm_up,
         "pause": pause,
         "sampler": sampler,
         "budget": budget,

@@ -62,9 +62,7 @@ class Asked:
     guidance: float = 7.5
     scheduler: str | None = None
     negative: str = ""
-    rounds: int = 10
-    image_rounds: int = 3
-    warm_up: int = 3
+    rounds: int = 5
     pause: float = 0.1
     sampler: str = "grid"
     budget: int | None = None

@@ -189,7 +189,7 @@ def _command(row: Row, settings: Settings, facts: Mapping[str, Any]) -> str:
     words = ["sdopt", "sweep", facts["bundle"], "--passes", one.recipe, "--target", one.target]
     words += ["--shapes", one.shape, "--batch", str(one.batch)]
     words += [word for words_of_one in typed for word in words_of_one]
-    for name in ("steps", "guidance", "scheduler", "rounds", "image_rounds", "warm_up", "pause"):
+    for name in ("steps", "guidance", "scheduler", "rounds", "pause"):
         if (value := getattr(settings, name)) != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--negative", settings.negative] * bool(settings.negative)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sdopt import spec
-from sdopt.bench.settings import DEFAULT_PROMPTS
 from sdopt.errors import UnknownNameError, UsageError
 from sdopt.sweep.scoring import DISTANCE, scorer_of
 
@@ -70,9 +69,7 @@ class Settings:
         guidance: scale.
         scheduler: a short name; the bundle's by default.
         negative: what not to draw.
-        rounds: of the denoiser.
-        image_rounds: of whole images.
-        warm_up: rounds of the denoiser before those.
+        rounds: of whole images that are timed, each a batch.
         pause: seconds of rest before each round.
     """
 
@@ -85,9 +82,7 @@ class Settings:
     guidance: float = 7.5
     scheduler: str | None = None
     negative: str = ""
-    rounds: int = 10
-    image_rounds: int = 3
-    warm_up: int = 3
+    rounds: int = 5
     pause: float = 0.1
 
     def __post_init__(self) -> None:
@@ -100,7 +95,7 @@ class Settings:
                 )
         if not self.measure:
             raise UsageError("there is nothing to measure", hint="--measure time,memory,score")
-        for name in ("steps", "rounds", "image_rounds", "warm_up"):
+        for name in ("steps", "rounds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if self.probe < 0 or not 0 <= self.pause < float("inf"):
@@ -145,14 +140,11 @@ class Settings:
         }
 
     def bench(self) -> dict[str, Any]:
-        """The options of ``sdopt.bench.bench``."""
+        """How a point is timed."""
         return {
             "rounds": self.rounds,
-            "image_rounds": self.image_rounds,
-            "warm_up": self.warm_up,
             "pause": self.pause,
             "memory": "memory" in self.measure,
-            "prompts": list(DEFAULT_PROMPTS),
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from sdopt import modelfile
@@ -51,10 +52,15 @@ def files_of(
     """The files of a stage that the raw one has not, relative to ``root``, graphs last."""
     found: list[Path] = []
     for name in components:
-        path, raw = bundle.file(name, stage), bundle.file(name, RAW)
-        own = modelfile.files_of(path) - modelfile.files_of(raw)
-        found += [
-            path.with_name(one) for one in sorted(own, key=lambda one: one.endswith(".onnx"))
-        ]
+        path = bundle.file(name, stage)
+        own = modelfile.files_of(path) - _raw(bundle.file(name, RAW))
+        weights_first = sorted(own, key=lambda one: (one.endswith(".onnx"), one))
+        found += [path.with_name(one) for one in weights_first]
         found.append(path)
     return tuple(str(one.relative_to(root)) for one in found)
+
+
+@functools.cache
+def _raw(path: Path) -> frozenset[str]:
+    """The files of a raw stage, which nobody writes to in a work bundle."""
+    return frozenset(modelfile.files_of(path))
