@@ -228,10 +228,12 @@ def _show(result: Result, html: Path | None, parquet: Path | None, as_json: bool
 def _say(result: Result, point: Point) -> None:
     """What the point costs, and how it was come to."""
     parts = [f"{point.name} on {point.target}, {point.shape}, batch {point.batch}"]
-    parts += [f"{point.ms:.1f} ms per image"] * (point.ms is not None)
+    if point.ms is not None:
+        parts.append(f"{point.ms:.1f} ms per image")
     if point.memory_bytes is not None:
         parts.append(f"{point.memory_bytes / 1e9:.2f} GB")
-    parts += [f"score {point.score:.4f}"] * (point.score is not None)
+    if point.score is not None:
+        parts.append(f"score {point.score:.4f}")
     render.say("; ".join(parts))
     render.say(f"measured by: {point.command}")
 

@@ -24,8 +24,9 @@ def do(task: Task, place: Place) -> Found:
     """Lower a stage for a target and compile it, unless the same graphs were built before.
 
     ``work``: ``source`` (a stage), ``target``, ``shape``, ``batch``, ``components``. Found:
-    ``stage`` that the build is called, ``digests`` by component, ``artifacts`` by component where
-    a compiler made them, and ``reused``: whether the same had been built for another recipe.
+    ``stage`` that the build is called, ``graphs`` and ``digests`` by component (of what was
+    lowered, and of the build), ``artifacts`` where a compiler made them, and ``reused``: whether
+    the same had been built for another recipe.
 
     Raises:
         BuildError: the target refuses the graph.
@@ -56,6 +57,7 @@ def do(task: Task, place: Place) -> Found:
         paths += files_of(bundle, stage, work["components"], place.root)
     data: dict[str, Any] = {
         "stage": stage,
+        "graphs": graphs,
         "digests": {name: bundle.stage(name, stage).digest for name in graphs},
         "artifacts": {name: dataclasses.asdict(one) for name, (_, one) in made.items()},
         "reused": reused,

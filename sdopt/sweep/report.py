@@ -141,7 +141,7 @@ def _point(
             for x in _images(row, outcomes)
         ),
         here=next((o.here for k in (plan.time, plan.probe) if (o := outcomes.get(k))), {}),
-        digests=built.data["digests"] if built is not None and built.ok else {},
+        digests=built.data["graphs"] if built is not None and built.ok else {},
         command=_command(row, settings, facts),
     )
     if timed is None or not timed.ok:

@@ -60,7 +60,7 @@ class Point:
         samples: the images.
         here: where it was timed, else where it was scored (``sdopt.sweep.provenance.here``).
         beside: labels of what else ran on the engine while it was timed.
-        digests: of its stage and build, by component.
+        digests: of what its graphs compute before they are lowered, by component.
         command: one line that measures this point again.
     """
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from sdopt.errors import WorkerError
+from sdopt.sweep.provenance import now
 from sdopt.sweep.records import Failure, Outcome, Task
 
 OnDone = Callable[[Task, Outcome], None]
@@ -113,7 +114,7 @@ class Schedule:
     def lost(self, task: Task, error: WorkerError) -> list[tuple[Task, Outcome]]:
         """Say that a task's worker is gone: it is ready again, or after some attempts failed."""
         if self._attempts[task.key] >= ATTEMPTS:
-            return self.finish(task, Outcome(task.key, failure=Failure.of(error)))
+            return self.finish(task, Outcome(task.key, failure=Failure.of(error), finished=now()))
         del self._running[task.key]
         self._left[task.key] = task
         return []
