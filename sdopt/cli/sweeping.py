@@ -118,6 +118,9 @@ def run(
         Path, typer.Option("-o", "--output", help="The folder; a killed sweep goes on in it.")
     ] = Path("sweep"),
     html: Annotated[Path | None, typer.Option(help="Write a page with charts and images.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the frontier as a PNG, one for each size.")
+    ] = None,
     parquet: Annotated[Path | None, typer.Option(help="Write the points as Parquet.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -155,7 +158,7 @@ def run(
     command = shlex.join(["sdopt", *sys.argv[1:]])
     with render.progress("sweep") as tell:
         result = api.sweep(bundle, output, file, command=command, progress=tell, **given)
-    _show(result, html, parquet, as_json)
+    _show(result, html, plot, parquet, as_json)
 
 
 @app.command("best")
@@ -198,21 +201,29 @@ def best(
 def show(
     folder: Folder,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts and images.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the frontier as a PNG, one for each size.")
+    ] = None,
     parquet: Annotated[Path | None, typer.Option(help="Write the points as Parquet.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a sweep has found so far, also while it runs; nothing is measured."""
     from sdopt.sweep import report
 
-    _show(report.load(folder), html, parquet, as_json)
+    _show(report.load(folder), html, plot, parquet, as_json)
 
 
-def _show(result: Result, html: Path | None, parquet: Path | None, as_json: bool) -> None:
+def _show(
+    result: Result, html: Path | None, plot: Path | None, parquet: Path | None, as_json: bool
+) -> None:
     from sdopt.sweep import page, report
 
     if html is not None:
         page.page(result).write(html)
         render.say(f"the page is {html}")
+    if plot is not None:
+        for path in page.plot(result, plot):
+            render.say(f"the plot is {path}")
     if parquet is not None:
         report.export(result, parquet)
     if as_json:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdopt import datafile
 from sdopt.drawing.page import Cell, Page, data_url
 from sdopt.sweep import charts
 from sdopt.sweep.charts import Numbered
@@ -20,6 +21,8 @@ SHOWN = 4
 """Images of each point."""
 SIDE = 96
 """Of the longer side of each, in pixels."""
+
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 _EFFECTS = (
     "Against the first choice of its option: time and memory as a factor, the score as a "
@@ -272,11 +275,37 @@ def _first_of_each(samples: Sequence[Sample]) -> list[Sample]:
     return [*firsts, *(one for found in order.values() for one in found[1:])]
 
 
-def write(result: Result, path: str | Path) -> None:
-    """Write the page.
+def plot(result: Result, path: Path) -> list[Path]:
+    """Write the frontier as a PNG, with the machine and the date; gives the files.
+
+    Where there are several sizes each has a file, whose name ends in it.
 
     Raises:
-        MissingDependencyError: jinja2 or vl-convert-python is not installed.
-        StorageError: the file cannot be written.
+        MissingDependencyError: vl-convert-python is not installed.
+        StorageError: a file cannot be written.
     """
-    page(result).write(path)
+    numbers, made = charts.numbered(result.points), []
+    for shape in result.shapes:
+        points = [point for point in result.points if point.shape == shape]
+        title = f"{result.origin or result.bundle} at {shape}"
+        chart = charts.frontier(points, numbers, title, below=_below(result, points))
+        if chart is not None:
+            file = path if len(result.shapes) == 1 else path.with_stem(f"{path.stem}-{shape}")
+            datafile.write_bytes(file, chart.png())
+            made.append(file)
+    return made
+
+
+def _below(result: Result, points: Sequence[Point]) -> str:
+    """The machines that points were measured on, onnxruntime's version, and the date."""
+    machines = [
+        ", ".join([str(one.here["cpu"]), f"{one.here['cores']} cores", *one.here["cards"]])
+        for one in points
+        if one.here
+    ]
+    versions = [one.here["versions"] for one in points if one.here]
+    runtimes = [
+        f"{name} {found[name]}" for found in versions for name in _RUNTIMES if name in found
+    ]
+    date = result.date.partition("T")[0]
+    return "; ".join([*dict.fromkeys(machines), *dict.fromkeys(runtimes), date])

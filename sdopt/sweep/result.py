@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sdopt.passes.presets import PRESETS
+
 SCHEMA = 1
 
 State = Literal["done", "stopped", "failed", "pending"]
@@ -88,7 +90,10 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The recipe for people: the raw graph has a name too."""
+        """The recipe for people: presets by their names, and the raw graph has one too."""
+        for name, text in sorted(PRESETS.items(), key=lambda one: -len(one[1])):
+            if "," in text and f"{self.recipe},".startswith(f"{text},"):
+                return f"@{name}{self.recipe[len(text) :]}"
         return self.recipe or "raw"
 
 

@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser
 
 from sdopt.sweep import charts
 from sdopt.sweep.effects import effects
-from sdopt.sweep.page import page, write
+from sdopt.sweep.page import page, plot
 from tests.browser import launched, opened
 from tests.sweep.results import EVIL, point, result
 
@@ -23,7 +24,7 @@ def browser():
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
-    write(result(folder), folder / "sweep.html")
+    page(result(folder)).write(folder / "sweep.html")
     return folder / "sweep.html"
 
 
@@ -130,6 +131,35 @@ def test_the_frontier_is_drawn_for_a_readme_and_without_a_score() -> None:
     ]
     nothing = [dataclasses.replace(one, ms=None, memory_bytes=None) for one in points]
     assert charts.frontier(nothing, numbers) is None
+
+
+def test_the_plot_of_each_size_is_a_file(tmp_path: Path) -> None:
+    made = result(tmp_path)
+    assert plot(made, tmp_path / "one.png") == [tmp_path / "one.png"]
+    first = charts.frontier(made.points, charts.numbered(made.points), "x", below="y")
+    assert first is not None
+    assert first.spec["title"]["subtitle"] == "y"
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.width > 2 * 2 * 420, "two panels, two pixels of the file for each"
+    other = dataclasses.replace(made.points[0], key="other", shape="64x64")
+    both = dataclasses.replace(made, points=(*made.points, other))
+    assert plot(both, tmp_path / "two.png") == [
+        tmp_path / "two-128x128.png",
+        tmp_path / "two-64x64.png",
+    ]
+
+
+def test_presets_are_called_by_their_names() -> None:
+    def name(recipe: str) -> str:
+        return dataclasses.replace(point(0, False, 0), recipe=recipe).name
+
+    fast = "clean,raise_ops,clean,fuse_qkv,pad_align"
+    assert name(fast) == "@fast"
+    assert name(f"{fast},tome=3") == "@fast,tome=3"
+    assert name(f"{fast},cast_fp16,tome=3") == "@fast_fp16,tome=3"
+    assert name(f"{fast},cast_fp16:keep=io") == "@fast,cast_fp16:keep=io"
+    assert name("clean") == "clean"
+    assert name("") == "raw"
 
 
 def test_a_sweep_of_nothing_measured_still_has_a_page(tmp_path: Path) -> None:
