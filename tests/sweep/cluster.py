@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sdopt import datafile
@@ -53,17 +54,44 @@ def two_nodes() -> Iterator[Any]:
             cluster.shutdown()
 
 
+@contextmanager
+def connected(cluster: Any) -> Iterator[None]:
+    """This process is a driver of the cluster: engines take that up, and its workers stay."""
+    import ray
+
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def workers_of(node: Any) -> list[psutil.Process]:
+    """The processes that a node started."""
+    (raylet,) = node.all_processes["raylet"]
+    return psutil.Process(raylet.process.pid).children(recursive=True)
+
+
+def kill(cluster: Any, node: Any) -> None:
+    """Kill a node with all its processes, as when its machine is gone."""
+    workers = workers_of(node)
+    cluster.remove_node(node, allow_graceful=False)
+    for one in workers:
+        with suppress(psutil.NoSuchProcess):  # it has seen that its node is gone
+            one.kill()
+
+
 def do(task: Task, place: Place) -> Outcome:
     """Write what the task is called and what the files hold that it reads.
 
     ``work``: ``read``, paths in the place; ``folder``, where a file per start is left, with the
-    node and the process; ``seconds`` to sleep; ``fail``, a message.
+    node; ``seconds`` to sleep; ``fail``, a message.
     """
     import ray
 
     node, begin = ray.get_runtime_context().get_node_id(), time.time()
     log = Path(task.work["folder"]) / f"{task.key}-{time.time_ns()}"
-    datafile.write_bytes(log, f"{node} {os.getpid()}".encode())
+    datafile.write_bytes(log, node.encode())
     path = place.root / "made" / f"{task.key}.txt"
     path.parent.mkdir(exist_ok=True)
     needed = b"".join((place.root / one).read_bytes() for one in task.work.get("read", ()))

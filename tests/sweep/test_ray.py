@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import signal
 import sys
 import threading
 import time
@@ -21,7 +19,7 @@ from sdopt.sweep.engines import ray as engine_module
 from sdopt.sweep.engines.ray import RayEngine
 from sdopt.sweep.place import Place
 from sdopt.sweep.records import Outcome, Task
-from tests.sweep.cluster import NODE, do, two_nodes
+from tests.sweep.cluster import NODE, connected, do, kill, two_nodes
 
 BIG = "bundle/big.onnx_data"
 """A file of several pieces, more than an object store should hold at once."""
@@ -29,10 +27,7 @@ BIG = "bundle/big.onnx_data"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    with two_nodes() as found:
-        import ray
-
-        ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+    with two_nodes() as found, connected(found):
         yield found
 
 
@@ -61,10 +56,10 @@ def run(one: RayEngine, tasks: Sequence[Task], **known: Outcome) -> dict[str, Ou
     return dict(told)
 
 
-def _begun(place: Place, node: str) -> list[int]:
-    """The processes of tasks that a node has begun."""
-    lines = [path.read_text().split() for path in place.root.parent.glob("starts/[!.]*")]
-    return [int(process) for one, process in lines if one == node]
+def _begun(place: Place, node: str) -> bool:
+    """Whether a node has begun a task."""
+    paths = place.root.parent.glob("starts/[!.]*")
+    return any(path.read_text() == node for path in paths)
 
 
 def starts(place: Place) -> Counter[str]:
@@ -111,13 +106,12 @@ def test_what_a_lost_node_was_at_is_done_by_another(cluster: Any, place: Place) 
     lost = next(iter(cluster.worker_nodes))
     tasks = [task(place, "score", f"k{i}", read=[BIG], seconds=0.5) for i in range(8)]
 
-    def kill() -> None:
-        while not (begun := _begun(place, lost.node_id)):
+    def lose() -> None:
+        while not _begun(place, lost.node_id):
             time.sleep(0.02)
-        os.kill(begun[0], signal.SIGKILL)
-        cluster.remove_node(lost, allow_graceful=False)
+        kill(cluster, lost)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=lose)
     with engine(place) as one:
         assert one.label == "Ray, 2 nodes"
         killer.start()
