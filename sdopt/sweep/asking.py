@@ -126,7 +126,10 @@ class Asked:
             words.append(("--seeds", ",".join(map(str, self.seeds))))
             for name in ("scorer", "clip"):
                 if place := self._path(getattr(self, name), of_code=name == "scorer"):
-                    words.append((f"--{name}", place))
+                    file = Path(place.rpartition(":")[0] if name == "scorer" else place)
+                    words.append(
+                        (f"--{name}", str(Path(place).absolute()) if file.exists() else place)
+                    )
             words += [("--distance",)] * self.distance
         return Typed(command, tuple(words))
 
