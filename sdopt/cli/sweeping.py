@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -156,7 +157,8 @@ def run(
         "allow_other_versions": allow_other_versions or None,
     }
     command = shlex.join(["sdopt", *sys.argv[1:]])
-    with render.progress("sweep") as tell:
+    # Ray prints what happens to its nodes, and stdout is for the result.
+    with render.progress("sweep") as tell, contextlib.redirect_stdout(sys.stderr):
         result = api.sweep(bundle, output, file, command=command, progress=tell, **given)
     _show(result, html, plot, parquet, as_json)
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from sdopt.sweep.engines import ray as engine_module
 from sdopt.sweep.engines.ray import RayEngine
 from sdopt.sweep.place import Place
 from sdopt.sweep.records import Outcome, Task
+from tests.runtime import toy
 from tests.sweep.cluster import NODE, connected, do, kill, two_nodes
 
 BIG = "bundle/big.onnx_data"
@@ -187,6 +190,39 @@ def test_what_cannot_be_driven_is_said(place: Place, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"sdopt\[ray\]"):
         engine(place)
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_result_alone_though_a_node_is_lost(
+    cluster: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import pathlib, time\n"
+        "def score(images, prompts):\n"
+        "    pathlib.Path(__file__).with_name('begun').touch()\n"
+        "    time.sleep(2)\n"
+        "    return [0.5 for one in images]\n"
+    )
+    bundle = toy.bundle(tmp_path / "b").path
+    words = ["sweep", str(bundle), "--passes", "clean,|cast_fp16:keep=io", "--shapes", "64x64"]
+    words += ["--prompt", "a cat", "--scorer", f"{tmp_path / 'mine.py'}:score", "--steps", "1"]
+    words += ["--measure", "score", "--ray", cluster.address, "-o", str(tmp_path / "s"), "--json"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "sdopt", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "begun").exists() and driver.poll() is None:
+        time.sleep(0.05)
+    kill(cluster, next(iter(cluster.worker_nodes)))
+    out, err = driver.communicate(timeout=120)
+    assert driver.returncode == 0, err
+    found = json.loads(out)
+    assert [(one["state"], one["score"]) for one in found["points"]] == [("done", 0.5)] * 2
+    assert found["engine"] == "Ray, 2 nodes"
+    assert "Traceback" not in err
+    assert "(raylet)" in err, "Ray tells of the node, but not on stdout"
 
 
 class _Ray:
