@@ -11,16 +11,12 @@ from sdopt.drawing.page import Cell, Page, data_url
 from sdopt.sweep import charts
 from sdopt.sweep.charts import Numbered
 from sdopt.sweep.effects import MEASURES, RATIOS, Choice, Measure, effects
-from sdopt.sweep.result import Point, Result, Sample
+from sdopt.sweep.result import Point, Result
+from sdopt.sweep.thumbnails import strip
 from sdopt.units import size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-SHOWN = 4
-"""Images of each point."""
-SIDE = 96
-"""Of the longer side of each, in pixels."""
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
@@ -38,7 +34,7 @@ def page(result: Result) -> Page:
         MissingDependencyError: jinja2 or vl-convert-python is not installed, when it is written.
     """
     numbers = charts.numbered(result.points)
-    strips = {point.key: strip for point in result.points if (strip := _strip(result, point))}
+    strips = {point.key: found for point in result.points if (found := strip(result, point))}
     made = Page(f"Sweep of {result.origin or result.bundle}", *_lead(result))
     for shape in result.shapes:
         made.section(f"Frontier at {shape}" if len(result.shapes) > 1 else "Frontier")
@@ -243,36 +239,6 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             found.append([number])
     return ", ".join(" to ".join(map(str, one)) for one in found)
-
-
-def _strip(result: Result, point: Point) -> Image | None:
-    """The first images of a point side by side; those of other points show the same prompts."""
-    from PIL import Image
-
-    files = [result.work / one.path for one in _first_of_each(point.samples)]
-    shown = []
-    for file in [file for file in files if file.is_file()][:SHOWN]:
-        with Image.open(file) as image:
-            small = image.convert("RGB")
-            small.thumbnail((SIDE, SIDE))
-            shown.append(small)
-    if not shown:
-        return None
-    strip = Image.new("RGB", (sum(one.width for one in shown), max(one.height for one in shown)))
-    left = 0
-    for one in shown:
-        strip.paste(one, (left, 0))
-        left += one.width
-    return strip
-
-
-def _first_of_each(samples: Sequence[Sample]) -> list[Sample]:
-    """One image per prompt, in the prompts' order, and then the others."""
-    order: dict[int, list[Sample]] = {}
-    for one in sorted(samples, key=lambda one: (one.prompt, one.seed)):
-        order.setdefault(one.prompt, []).append(one)
-    firsts = [found[0] for found in order.values()]
-    return [*firsts, *(one for found in order.values() for one in found[1:])]
 
 
 def plot(result: Result, path: Path) -> list[Path]:

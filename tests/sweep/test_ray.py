@@ -17,8 +17,8 @@ import pytest
 from sdopt.errors import MissingDependencyError, UsageError
 from sdopt.sweep import provenance
 from sdopt.sweep.blobs import PIECE, Digests
-from sdopt.sweep.engines import ray as engine_module
 from sdopt.sweep.engines.ray import RayEngine
+from sdopt.sweep.engines.ray_driver import connect
 from sdopt.sweep.place import Place
 from sdopt.sweep.records import Outcome, Task
 from tests.runtime import toy
@@ -183,9 +183,9 @@ def test_a_node_with_other_versions_is_refused(
 
 def test_what_cannot_be_driven_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="from a machine of the cluster"):
-        engine_module._connect(_Ray(), "ray://head:10001")
+        connect(_Ray(), "ray://head:10001")
     with pytest.raises(UsageError, match="no Ray cluster can be reached") as error:
-        engine_module._connect(_Ray(), "auto")
+        connect(_Ray(), "auto")
     assert error.value.why == "Could not find any running Ray instance."
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"sdopt\[ray\]"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import shutil
 import time
@@ -17,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
-from sdopt.errors import MissingDependencyError, SdoptError, UsageError, WorkerError
+from sdopt.errors import SdoptError, WorkerError
 from sdopt.sweep.blobs import Blob, Digests, Writer, in_order
 from sdopt.sweep.engines.base import OnDone, Schedule
 from sdopt.sweep.engines.ray_cluster import Cluster, Node
+from sdopt.sweep.engines.ray_driver import connect, ray_module
 from sdopt.sweep.engines.ray_node import (
     Depot,
     Order,
@@ -103,7 +103,7 @@ class RayEngine:
         look: bool = True,
         do: Callable[[Task, Place], Outcome] = execute,
     ) -> None:
-        self._ray = _ray()
+        self._ray = ray_module()
         self._place, self._digests = place, Digests(place.root)
         self._shared = [self._digests.blob(path) for path in in_order(shared)]
         named = [str(place.root.resolve()), *(f"{one.path} {one.digest}" for one in self._shared)]
@@ -113,7 +113,7 @@ class RayEngine:
         self._spans: list[_Span] = []
         self._looked = time.monotonic()
         shutil.rmtree(place.root / INCOMING, ignore_errors=True)  # of a driver that was killed
-        self._own = _connect(self._ray, address)
+        self._own = connect(self._ray, address)
         try:
             self._cluster = Cluster(self._ray, other_versions)
             self._depot = self._cluster.depot(Depot, self._order.root)
@@ -278,37 +278,3 @@ class RayEngine:
     def _disconnect(self) -> None:
         if self._own:
             self._ray.shutdown()
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a sweep on a cluster needs ray", why=str(error), hint='pip install "sdopt[ray]"'
-        ) from error
-    return ray
-
-
-def _connect(ray: Any, address: str) -> bool:
-    """Become a driver of the cluster; says whether this process was none before."""
-    if ray.is_initialized():
-        return False
-    if "://" in address:
-        raise UsageError(
-            "a sweep is driven from a machine of the cluster",
-            where=address,
-            why="a Ray client has no node, and nodes fetch the files from the driver's",
-            hint="run it on the head node with --ray auto",
-        )
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            "no Ray cluster can be reached",
-            where=address,
-            why=str(error).strip().partition("\n")[0],
-            hint="start one: ray start --head, on other machines ray start --address=HOST:6379",
-        ) from error
-    return True
