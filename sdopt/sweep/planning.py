@@ -75,7 +75,7 @@ class Planner:
 
     def key(self, candidate: Candidate) -> str:
         """A digest of everything that decides what a candidate comes to."""
-        settings = self._settings.to_json()
+        settings = self._settings.deciding()
         reads = Pipeline.parse(candidate.recipe).reads()
         point = [candidate.recipe, reads, candidate.target, candidate.shape, candidate.batch]
         return provenance.key([self.base, point, settings])

@@ -152,8 +152,14 @@ class Settings:
         plain = asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
 
+    def deciding(self) -> dict[str, Any]:
+        """``to_json`` without where the scorer lies: its digest decides."""
+        plain = self.to_json()
+        scoring = {name: v for name, v in plain["scoring"].items() if name != "place"}
+        return {**plain, "scoring": scoring}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        """What ``to_json`` gave."""
+        """What ``to_json`` or ``deciding`` gave."""
         lists = {name: tuple(data[name]) for name in ("prompts", "seeds", "measure")}
         return cls(**{**data, **lists, "scoring": Scoring(**data["scoring"])})

@@ -79,7 +79,7 @@ def run(
         store = Store(root / FILE, writes=True)
         try:
             place = Place(root / WORK)
-            identity = {"bundle": planner.base, "settings": settings.to_json()}
+            identity = {"bundle": planner.base, "settings": settings.deciding()}
             facts = _facts(opened, typed or Typed())
             store.begin(identity, facts, provenance.now())
             _copy(opened, planner.components, place)
