@@ -163,9 +163,28 @@ def test_a_task_for_a_card_gets_one(cluster: Any, place: Place) -> None:
         found = run(one, [*cards, task(place, "time", "t", device="cuda:0")])
         assert {outcome.data["card"] for outcome in found.values()} == {"0"}
         assert len({outcome.data["node"] for outcome in found.values()}) == 1
+        with pytest.raises(UsageError, match="asks for the card cuda:1"):
+            run(one, [task(place, "score", "second", device="cuda:1")])
         one._cluster.nodes = tuple(dataclasses.replace(n, gpus=0) for n in one._cluster.nodes)
         with pytest.raises(UsageError, match="no node of the cluster has a GPU for c0"):
             one.run(cards, {}, lambda task, outcome: None)
+
+
+def test_a_sweep_that_is_broken_off_leaves_nothing_at_work(cluster: Any, place: Place) -> None:
+    tasks = [task(place, "score", f"k{i}", seconds=60.0 * (i > 0)) for i in range(4)]
+
+    def stop(done: Task, outcome: Outcome) -> None:
+        while len(starts(place)) < 2:
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), engine(place) as one:
+        one.run(tasks, {}, stop)
+    with engine(place) as one:
+        assert run(one, [task(place, "score", f"after{i}", seconds=0.5) for i in range(2)])
+    assert time.monotonic() - began < 40, "both nodes are free again"
+    assert not list(place.root.glob("incoming/*"))
 
 
 def test_a_node_with_other_versions_is_refused(

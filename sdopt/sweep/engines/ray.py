@@ -159,8 +159,8 @@ class RayEngine:
         """See ``sdopt.sweep.engines.base.Engine``.
 
         Raises:
-            UsageError: a task wants a card and no node has one, or a node that came later cannot
-                be taken.
+            UsageError: a task wants a card and no node has one (any more), or a node that came
+                later cannot be taken.
             StorageError: the driver or a node has no room.
         """
         self._cluster.check(tasks)
@@ -169,8 +169,13 @@ class RayEngine:
             on_done(task, outcome)
         try:
             while not schedule.done:
-                for task in schedule.ready():
+                ready = schedule.ready()
+                for task in ready:
                     self._begin(schedule, task)
+                if not self._jobs:  # there is no room: is there a node that ever has some?
+                    time.sleep(_PATIENCE)
+                    self._cluster.refresh()
+                    self._cluster.check(ready)
                 for task, outcome in self._news(schedule):
                     on_done(task, outcome)
         finally:

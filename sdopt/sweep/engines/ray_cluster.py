@@ -94,6 +94,13 @@ class Cluster:
             UsageError: it has not.
         """
         cards = [task for task in tasks if _on_card(task)]
+        for task in cards:
+            if task.device != "cuda:0":
+                raise UsageError(
+                    f"{task.label or task.kind} asks for the card {task.device}",
+                    why="on a cluster Ray chooses the card, and a task sees no other",
+                    hint="leave the target's device out",
+                )
         if cards and not any(node.gpus for node in self.nodes):
             raise UsageError(
                 f"no node of the cluster has a GPU for {cards[0].label or cards[0].device}",
@@ -183,7 +190,7 @@ class Cluster:
             raise UsageError(
                 "a node of the cluster cannot run sdopt",
                 where=address,
-                why=str(error.cause).strip().partition("\n")[0],
+                why=str(error.cause or error).strip().partition("\n")[0],
                 hint='install there what is installed here: pip install "sdopt[ray]"',
             ) from error
         except errors.GetTimeoutError as error:
