@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -38,14 +39,17 @@ HEALTH = {
 @contextmanager
 def two_nodes() -> Iterator[Any]:
     """A cluster of two nodes with a CPU each, the second with a GPU of no kind; on 127.0.0.1."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="ray") as folder:
+        patch.setenv("TMPDIR", folder)  # of the nodes, whose lost ones leave their files behind
         # Read when Ray is imported: nothing is reported, and its address is that of loopback.
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         import ray
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": HEALTH})
+        (own := Path(folder) / "ray").mkdir()
+        head = {**NODE, "_system_config": HEALTH, "temp_dir": str(own)}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             cluster.add_node(**NODE, num_gpus=1)
             yield cluster
