@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdopt import companions, registry
+from sdopt import registry
 from sdopt.adopting import adopt
-from sdopt.bundle import OPTIMIZED, RAW, Bundle
+from sdopt.bundle import OPTIMIZED, RAW, Bundle, check_stage_name
 from sdopt.errors import UsageError
 from sdopt.exporting import export as _export
 from sdopt.inspection import inspect
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from sdopt.recorded import Recording
     from sdopt.reporting import Options, Written
     from sdopt.runtime.generate import Generated
+    from sdopt.sweep.result import Result
 
 __all__ = [
     "adopt",
@@ -44,6 +44,7 @@ __all__ = [
     "record",
     "report",
     "run",
+    "sweep",
 ]
 
 
@@ -131,17 +132,13 @@ def optimize(
         SdoptError: see the subclasses; what existed before is whole in every case.
     """
     opened, pipeline = Bundle.open(bundle), Pipeline.parse(passes)
-    if not re.fullmatch(r"\w[\w.-]*", stage) or companions.is_file_name(f"{stage}.onnx"):
-        raise UsageError(
-            f"{stage!r} is no name for a stage",
-            hint="use letters, digits, dots, dashes and underscores",
-        )
     if stage in (source, RAW):
         raise UsageError(
             f"the stage {stage!r} cannot be written by optimize",
             why="a stage is made from another one; the raw one is what export wrote",
             hint=f"choose another name: --stage {OPTIMIZED}",
         )
+    check_stage_name(stage)
     wanted = parse_requirements(require) if require is not None else ()
     job = Job(opened, pipeline, source, stage, seed, force, dry_run, progress, require=wanted)
     return job.run("optimize", components)
@@ -248,6 +245,15 @@ def evaluate(
     from sdopt import evaluating
 
     return evaluating.evaluate(bundle, prompts, output, **options)
+
+
+def sweep(
+    bundle: str | Path, output: str | Path, file: str | Path | None = None, **options: Any
+) -> Result:
+    """Try recipes on targets and sizes; see ``sdopt.sweep.asking.sweep`` for the options."""
+    from sdopt.sweep import asking
+
+    return asking.sweep(bundle, output, file, **options)
 
 
 def report(

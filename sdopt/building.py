@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sdopt import artifacts, datafile, modelfile, provenance
 from sdopt.bundle import OPTIMIZED, Bundle, Stage
-from sdopt.errors import BuildError, SdoptError
+from sdopt.errors import BuildError, SdoptError, UsageError
 from sdopt.passes.base import Role
 from sdopt.pipeline import Pipeline
 from sdopt.report import ComponentReport, Progress, Report, part
@@ -69,6 +69,7 @@ def build(
         BuildError: the graph is illegal for the target, or its compiler failed.
         UsageError: sizes that cannot be.
     """
+    _refuse_name(bundle, target, components, source)
     request = _request(bundle, plan)
     if target.compiled:
         _refuse_unsaid(bundle, request, components, source)
@@ -109,6 +110,27 @@ def build(
                 _compile(one, order, target, plan.force)
     report.seconds += time.perf_counter() - start
     return report
+
+
+def _refuse_name(
+    bundle: Bundle, target: Target, components: Sequence[str] | None, source: str | None
+) -> None:
+    """Refuse a name for the build that is its source's, or that the target makes nothing of."""
+    name = target.stage_name()
+    if target.stage and name != target.stage:
+        raise UsageError(
+            f"a build for {target.name()} cannot be given a name",
+            why=f"it is always called {name}",
+            hint="leave out --name",
+        )
+    names = components or bundle.components
+    sources = {source or bundle.current(one, OPTIMIZED).name for one in names}
+    if name in sources:
+        raise UsageError(
+            f"the build cannot be called {name!r}",
+            why="that is the stage that it is made from",
+            hint="choose another --name, or another --from",
+        )
 
 
 def _extent(extent: tuple[int, int]) -> str:

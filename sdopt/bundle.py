@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import glob
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sdopt import companions, datafile, modelfile, reading, stage_report
-from sdopt.errors import BundleError, UnknownNameError
+from sdopt.errors import BundleError, UnknownNameError, UsageError
 from sdopt.manifest import RECORD_KEY, ComponentEntry, Manifest, StageRecord
 from sdopt.spec import suggest
 
@@ -233,6 +234,25 @@ class Bundle:
 def is_vacant(folder: Path) -> bool:
     """Whether a bundle may be made in a folder: nothing is in it, or nothing but jobs."""
     return all(one.name == JOBS for one in folder.iterdir())
+
+
+def check_stage_name(name: str) -> None:
+    """See that a stage can be called so.
+
+    Raises:
+        UsageError: it is the raw one's, or no file could have it.
+    """
+    if name == RAW:
+        raise UsageError(
+            f"the stage {name!r} cannot be written",
+            why="a stage is made from another one; the raw one is what export wrote",
+            hint="choose another name",
+        )
+    if not re.fullmatch(r"\w[\w.-]*", name) or companions.is_file_name(f"{name}.onnx"):
+        raise UsageError(
+            f"{name!r} is no name for a stage",
+            hint="use letters, digits, dots, dashes and underscores",
+        )
 
 
 def _text(path: Path) -> str:

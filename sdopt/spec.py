@@ -181,7 +181,7 @@ def bind(cls: type[T], item: Item) -> T:
     """
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__name__} is not a dataclass")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: f for f in _options(cls)}
     hints = typing.get_type_hints(cls)
     given = dict(item.options)
     if item.value is not None:
@@ -223,7 +223,7 @@ def unbind(value: Any, name: str) -> Item:
     """
     head: Parts | None = None
     options: list[tuple[str, Parts]] = []
-    for index, f in enumerate(f for f in dataclasses.fields(value) if f.init):
+    for index, f in enumerate(_options(value)):
         current = getattr(value, f.name)
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if current is None or (not required and current == f.default):
@@ -234,6 +234,11 @@ def unbind(value: Any, name: str) -> Item:
         else:
             options.append((f.name, parts))
     return Item(name, head, tuple(options))
+
+
+def _options(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The fields that a spec sets; those by keyword only, which all of a kind have, come last."""
+    return sorted((f for f in dataclasses.fields(cls) if f.init), key=lambda f: f.kw_only is True)
 
 
 def _parts(value: Any) -> Parts:

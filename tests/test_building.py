@@ -15,10 +15,19 @@ import pytest
 from typer.testing import CliRunner
 
 from sdopt import api, artifacts
+from sdopt.bench.rows import contestants
+from sdopt.bundle import Bundle
 from sdopt.cli.app import app
-from sdopt.errors import BuildError, MissingDependencyError, StorageError, UsageError
+from sdopt.errors import (
+    BuildError,
+    MissingDependencyError,
+    SdoptError,
+    StorageError,
+    UsageError,
+)
 from sdopt.targets.trt_rtx import TrtRtx
 from tests import building_bundle
+from tests.test_cli import Shell
 
 RTX = "trt_rtx:dtype=fp16:sm=86"
 SIZES = {"shapes": "64x64..128x128", "dims": {"sequence_length": (5, 5)}}
@@ -256,3 +265,50 @@ def test_the_command_prints_what_the_compiler_made(tmp_path: Path) -> None:
     assert artifact["up_to_date"] is True
     ran = CliRunner().invoke(app, [*words, "--bf16"])
     assert isinstance(ran.exception, UsageError)
+
+
+def test_builds_of_one_target_stand_side_by_side_by_name(tmp_path: Path) -> None:
+    building_bundle.make(tmp_path)
+    api.optimize(tmp_path, "clean", stage="other")
+    api.build(tmp_path, f"{RTX}:stage=plain", source="model", **SIZES)
+    (made,) = api.build(tmp_path, f"{RTX}:stage=cleaned", source="other", **SIZES).components
+    assert (made.stage, made.artifact["file"]) == ("cleaned", "cleaned.plan")
+    bundle = Bundle.open(tmp_path)
+    assert {"plain", "cleaned"} < {*bundle.stages("unet")}
+    assert bundle.stage("unet", "plain").record.source_stage == "model"
+    assert (tmp_path / "unet" / "plain.plan").is_file()
+    again = api.build(tmp_path, f"{RTX}:stage=cleaned", source="other", **SIZES).components[0]
+    assert again.up_to_date
+    assert again.artifact["up_to_date"]
+    # A row of bench is a build: the session opens the artifact of that name.
+    rows = contestants(bundle, [], [f"{RTX}:stage=plain", f"{RTX}:stage=cleaned"], ["unet"])
+    assert [row.label for row in rows] == ["plain", "cleaned"]
+    for row in rows:
+        artifact = tmp_path / "unet" / f"{row.label}.plan"
+        assert artifact.is_file()
+        artifact.unlink()
+        with pytest.raises(SdoptError) as caught:
+            row.open("unet")
+        assert str(artifact) in str(caught.value.where)
+
+
+@pytest.mark.parametrize("name", ["../out", "model", "a b", "optimized", "x-prompt-0123456789ab"])
+def test_names_that_a_build_cannot_have(tmp_path: Path, name: str) -> None:
+    building_bundle.make(tmp_path)
+    api.optimize(tmp_path, "clean")
+    before = {path.name for path in (tmp_path / "unet").iterdir()}
+    with pytest.raises(UsageError):
+        api.build(tmp_path, f'ort:stage="{name}"')
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == before
+
+
+def test_the_command_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    building_bundle.make(tmp_path / "b")
+    sdopt = Shell(monkeypatch, capsys)
+    code, out, _ = sdopt("build", str(tmp_path / "b"), "--name", "mine")
+    assert (code, out) == (0, f"{tmp_path / 'b'}\n")
+    assert Bundle.open(tmp_path / "b").stages("unet") == ("model", "mine")
+    words = ("build", str(tmp_path / "b"), "--name", "x", "-t", "ort", "-t", "onnx")
+    assert "--name is of one target" in sdopt(*words)[2]

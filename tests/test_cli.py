@@ -73,6 +73,10 @@ COMMANDS = [
     "ui",
     "pack",
     "report",
+    "sweep",
+    "sweep run",
+    "sweep best",
+    "sweep show",
     "passes",
     "targets",
 ]
@@ -80,8 +84,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(sdopt: Shell, command: str) -> None:
-    words = (command, "--help")
-    check_golden(f"help_{command}", words, sdopt(*words))
+    words = (*command.split(), "--help")
+    check_golden(f"help_{command.replace(' ', '_')}", words, sdopt(*words))
 
 
 def test_help_of_all(sdopt: Shell) -> None:

@@ -33,9 +33,9 @@ LAYERS = (
     ("provenance", "merging"),
     ("adopting", "compare", "exporting", "inspection", "packing", "pages", "staging"),
     ("building", "bench", "evaluating", "precision"),
-    ("reporting",),
+    ("reporting", "sweep"),
     ("api",),
-    ("ui", "sweep"),
+    ("ui",),
     ("cli",),
     ("__main__",),
 )

@@ -15,6 +15,7 @@ from sdopt.cli import (
     precision,
     reporting,
     serving,
+    sweeping,
     transform,
 )
 
@@ -59,6 +60,7 @@ app.command("precision")(precision.precision)
 app.command("inspect")(inspecting.inspect)
 app.command("report")(reporting.report)
 app.command("ui")(serving.ui)
+app.add_typer(sweeping.app, name="sweep")
 app.command("pack")(transform.pack)
 app.command("passes")(inspecting.passes)
 app.command("targets")(inspecting.targets)

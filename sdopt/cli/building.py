@@ -33,6 +33,10 @@ def build(
     tpu_python: Annotated[
         str, typer.Option(help="Short for tpu:python=PATH.  [default: $SDOPT_TPU_PYTHON]")
     ] = "",
+    name: Annotated[
+        str | None,
+        typer.Option(help="Short for TARGET:stage=NAME: builds of one target side by side."),
+    ] = None,
     shapes: Annotated[
         str,
         typer.Option(help="HEIGHTxWIDTH in pixels: 512x512,768x768 or 256x256..1024x1024."),
@@ -63,7 +67,10 @@ def build(
     chosen = [name for name, on in zip(DTYPES, (fp32, fp16, bf16, int8, fp8), strict=True) if on]
     if len(chosen) > 1:
         raise UsageError(f"one type at a time: --{' --'.join(chosen)}", hint=f"--{chosen[0]}")
+    if name is not None and len(target or []) > 1:
+        raise UsageError("--name is of one target", hint="-t TARGET:stage=A -t OTHER:stage=B")
     extra = [*(f"provider={provider}" for _ in [0] if provider), *(f"dtype={d}" for d in chosen)]
+    extra += [f'stage="{name}"'] * (name is not None)
     named = [f'python="{tpu_python}"'] * bool(tpu_python)
     targets = [
         ":".join([text, *extra, *(named if text.split(":")[0] == "tpu" else [])])

@@ -30,10 +30,17 @@ for (const one of document.querySelectorAll("div.chart")) {
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table that stands out; ``tone`` is ``good``, ``bad`` or nothing."""
+    """A cell of a table that stands out.
+
+    Attributes:
+        text: what it says.
+        tone: ``good``, ``bad`` or nothing.
+        command: whether it is a command, which a button beside it copies.
+    """
 
     text: str
     tone: str = ""
+    command: bool = False
 
     def __str__(self) -> str:
         return self.text
@@ -51,6 +58,7 @@ class Page:
         self._sections: list[dict[str, Any]] = []
         self._items: list[dict[str, Any]] = []
         self._charts = 0
+        self._copies = False
 
     def section(self, title: str = "") -> None:
         """What follows stands under this title, which the list on top leads to."""
@@ -69,6 +77,11 @@ class Page:
     def code(self, text: str) -> None:
         """Lines as they are: a command, a recipe."""
         self._add("code", text=text)
+
+    def command(self, text: str) -> None:
+        """A command in one line, with a button that copies it."""
+        self._copies = True
+        self._add("command", text=text)
 
     def details(self, summary: str, lines: Sequence[str]) -> None:
         """Lines that are folded away below a summary."""
@@ -96,6 +109,7 @@ class Page:
             bool(rows) and all(_is_number(row[index]) for row in rows)
             for index in range(len(heads))
         ]
+        self._copies |= any(isinstance(one, Cell) and one.command for row in rows for one in row)
         self._add("table", heads=list(heads), rows=rows, numeric=numeric, caption=caption)
 
     def chart(self, chart: Chart) -> None:
@@ -128,6 +142,7 @@ class Page:
             sections=self._sections,
             script=script,
             version=version,
+            copies=self._copies,
         )
         return text
 

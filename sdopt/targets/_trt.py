@@ -83,7 +83,7 @@ class TensorRtTarget(Target):
 
     def stage_name(self) -> str:
         """``trt_fp16``: the library's own word and the type."""
-        return "_".join([self.name(), *([self.dtype] if self.dtype else [])])
+        return self.called("_".join([self.name(), *([self.dtype] if self.dtype else [])]))
 
     def artifact_name(self, order: Order) -> str:
         """One engine for all profiles."""

@@ -175,7 +175,8 @@ class Atc(Target):
 
     def stage_name(self) -> str:
         """``atc_fp16_parallel``: the type, and whether it is a half of guidance's batch."""
-        return "_".join(["atc", *([self.dtype] * bool(self.dtype)), *["parallel"] * self.parallel])
+        usual = ["atc", *([self.dtype] * bool(self.dtype)), *["parallel"] * self.parallel]
+        return self.called("_".join(usual))
 
     def artifact_name(self, order: Order) -> str:
         """One model for all gears."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from sdopt import graph, spec, wellformed
+from sdopt.bundle import check_stage_name
 from sdopt.errors import BuildError, MissingDependencyError, UsageError
 from sdopt.machine import version_of
 from sdopt.passes.base import Role
@@ -73,9 +74,11 @@ class Target(abc.ABC):
     """Something that runs graphs. Subclasses are frozen dataclasses whose fields are options.
 
     As with passes, class name, file name and the word on the command line are one name, and
-    ``str()`` prints the text that parses back to the same target.
+    ``str()`` prints the text that parses back to the same target. ``stage`` names what a build
+    writes and a session opens, so that builds of one target stand side by side.
     """
 
+    stage: str = field(default="", kw_only=True)
     dialect: ClassVar[Dialect]
     packages: ClassVar[Mapping[str, str]]
     """Importable module to the distribution that brings it, for what the target needs."""
@@ -96,7 +99,13 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def stage_name(self) -> str:
-        """The stage that a build for this target writes (``ort_cpu``)."""
+        """The stage that a build for this target writes: ``self.called("ort_cpu")``."""
+
+    def called(self, usual: str) -> str:
+        """The name that was asked for, else the usual one; UsageError where it can be no name."""
+        if self.stage:
+            check_stage_name(self.stage)
+        return self.stage or usual
 
     def takes(self) -> Dialect:
         """The dialect with these options; the class's ``dialect`` unless an option changes it."""

@@ -48,7 +48,8 @@ class Onnx(Target):
 
     def stage_name(self) -> str:
         """``onnx17``, ``onnx17_fp32``."""
-        return "_".join([f"onnx{self.opset}", *([self.dtype] if self.dtype else [])])
+        usual = [f"onnx{self.opset}", *([self.dtype] if self.dtype else [])]
+        return self.called("_".join(usual))
 
     def lowering_versions(self) -> dict[str, str]:
         """What runs the graph decides nothing in it."""

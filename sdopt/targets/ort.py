@@ -97,7 +97,8 @@ class Ort(Target):
 
     def stage_name(self) -> str:
         """``ort_cpu``; the options of a session do not change the graph."""
-        return "_".join(["ort", self.provider, *([self.dtype] if self.dtype else [])])
+        usual = ["ort", self.provider, *([self.dtype] if self.dtype else [])]
+        return self.called("_".join(usual))
 
     def on_device(self, device: str) -> Ort:
         """The same target on ``cpu``, or on a card by its number.

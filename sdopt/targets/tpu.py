@@ -81,7 +81,7 @@ class Tpu(Target):
 
     def stage_name(self) -> str:
         """``tpu``: chips and types differ in what is compiled of the graph, not in the graph."""
-        return "tpu"
+        return self.called("tpu")
 
     def deciding(self) -> str:
         """The target without the place of its compiler, with what the recorded data holds."""
@@ -98,7 +98,8 @@ class Tpu(Target):
 
     def folder(self) -> str:
         """The folder of all bmodels that these options make: ``bm1684x_fp16``."""
-        return f"{self.chip}_{self.dtype or 'fp16'}"
+        usual = f"{self.chip}_{self.dtype or 'fp16'}"
+        return f"{usual}_{self.stage_name()}" if self.stage else usual
 
     def settings(self, order: Order, samples: int = 0) -> Settings:
         """What a component is compiled to."""

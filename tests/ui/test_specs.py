@@ -68,9 +68,16 @@ def test_no_code_is_run_and_no_recipe_read(workspace: Workspace, text: str) -> N
 def test_targets_likewise(workspace: Workspace) -> None:
     for text in ("ort", "ort:threads=2", "trt:dtype=fp16", "trt:dtype=int8:data=recorded"):
         assert specs.target(workspace, text) == text
-    for text in ("trt:cache=/tmp/cache", "trt:dtype=int8:data=../x", "tpu:python=/bin/sh"):
+    for text in (
+        "trt:cache=/tmp/cache",
+        "trt:dtype=int8:data=../x",
+        "tpu:python=/bin/sh",
+        "ort:stage=../x",
+    ):
         with pytest.raises(UsageError):
             specs.target(workspace, text)
+    with pytest.raises(PathError):
+        specs.target(workspace, "ort:stage=../x")
     assert specs.adapter(workspace, "x.safetensors", 0.5) == "x.safetensors:0.5"
     with pytest.raises(PathError):
         specs.adapter(workspace, "out.safetensors")
@@ -89,6 +96,7 @@ def test_mistakes_are_told_as_ever(
 def test_every_option_that_names_a_file_is_known() -> None:
     """An option called otherwise would be looked at as text; this fails when one is added."""
     plain = {"keep", "prompt", "step", "steps", "cut", "axes", "soc", "at", "batch", "dims", "sm"}
+    plain |= {"stage"}  # a name, which check_stage_name holds to one
     known = plain | {"chip", *specs._FILES, *specs._RUN.values()}
     for kind in ("passes", "targets"):
         for name, place in registry.table(kind).items():
