@@ -21,6 +21,7 @@ from sdopt.bundle import Bundle
 from sdopt.manifest import RECORD_KEY
 from sdopt.runtime.scheduled import open_stage
 from sdopt.targets.ort import Ort
+from tests.exporters.made import copy_of_digits
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 sys.path.insert(0, str(DIGITS))
@@ -33,9 +34,7 @@ MODEL_FILES = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_i
 @pytest.fixture(scope="session")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits model exported in fp32, optimized and built for ONNX Runtime's CPU."""
-    bundle = tmp_path_factory.mktemp("digits") / "bundle"
-    api.export(DIGITS, bundle, dtype="fp32")
-    api.optimize(bundle, "@fast")
+    bundle = copy_of_digits(tmp_path_factory)
     api.build(bundle, "ort")
     return bundle
 

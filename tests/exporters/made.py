@@ -17,6 +17,8 @@ from diffusers import AutoencoderTiny, DDIMScheduler, LCMScheduler, StableDiffus
 from sdopt import api
 from tests.exporters import families, tiny
 
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+
 Make = Callable[[Path, Path], None]
 """Writes a pipeline to a folder that is not there yet, given one for its tokenizers."""
 
@@ -99,20 +101,13 @@ def export(name: str, source: Path, bundle: Path, scratch: Path) -> None:
 
 
 def once(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folder of a pipeline and its bundle as exported; for all tests, to look at only.
+    """The folder of a pipeline and its bundle as exported; for all tests, to look at only."""
 
-    Tracing takes seconds, so the processes that share a run of the tests share these too.
-    """
-    root = factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "families"
-    root.mkdir(exist_ok=True)
-    source, bundle = root / name / "source", root / name / "bundle"
-    with open(root / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / name / "done").is_file():
-            export(name, source, bundle, root / name / "tokenizers")
-            (root / name / "done").touch()
-    return source, bundle
+    def make(folder: Path) -> None:
+        export(name, folder / "source", folder / "bundle", folder / "tokenizers")
+
+    folder = shared(name, factory, make)
+    return folder / "source", folder / "bundle"
 
 
 def copy_of(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -121,3 +116,35 @@ def copy_of(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     copy = factory.mktemp(name) / "bundle"
     shutil.copytree(bundle, copy)
     return source, copy
+
+
+def copy_of_digits(factory: pytest.TempPathFactory) -> Path:
+    """A copy of the digits model's bundle, exported in fp32 and optimized with ``@fast``."""
+
+    def make(folder: Path) -> None:
+        api.export(DIGITS, folder / "bundle", dtype="fp32")
+        api.optimize(folder / "bundle", "@fast")
+
+    copy = factory.mktemp("digits") / "bundle"
+    shutil.copytree(shared("digits", factory, make) / "bundle", copy)
+    return copy
+
+
+def shared(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills the first time that a test of a run asks for it by name.
+
+    Tracing takes seconds, so the processes that share a run of the tests share these too.
+    """
+    root = factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "families"
+    root.mkdir(exist_ok=True)
+    folder = root / name
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").is_file():
+            # What a failure left half made would fail the next one for another reason.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "done").touch()
+    return folder

@@ -34,9 +34,9 @@ from sdopt.targets.atc import Atc
 from sdopt.targets.base import Order
 from sdopt.tolerance import FP32_REASSOCIATED
 from tests import ascend_ops
+from tests.exporters.made import copy_of_digits
 from tests.toolkit import Arrays, model_of, relative_l2, run
 
-DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits"
 ROLES = {
     "text_encoder": Role.TEXT_ENCODER,
     "unet": Role.DENOISER,
@@ -48,10 +48,7 @@ ROLES = {
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits model as a bundle in fp32, optimized."""
-    bundle = tmp_path_factory.mktemp("atc") / "bundle"
-    api.export(DIGITS, bundle, dtype="fp32")
-    api.optimize(bundle, "@fast")
-    return bundle
+    return copy_of_digits(tmp_path_factory)
 
 
 def sized(text: str, shapes: str = "64x64", batch: tuple[int, int] = (1, 1)) -> Atc:

@@ -36,6 +36,7 @@ from sdopt.targets.base import Order
 from sdopt.targets.ort import Ort
 from sdopt.targets.tpu import Tpu
 from sdopt.tolerance import FP32_REASSOCIATED
+from tests.exporters.made import copy_of_digits
 from tests.toolkit import Arrays, model_of, relative_l2
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,10 +65,7 @@ def _named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits model, optimized; single precision, as a compiler of it wants."""
-    path = tmp_path_factory.mktemp("tpu") / "bundle"
-    api.export(ROOT / "examples/digits", path, dtype="fp32")
-    api.optimize(path, "@fast")
-    return path
+    return copy_of_digits(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

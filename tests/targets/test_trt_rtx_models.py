@@ -9,8 +9,7 @@ import pytest
 from sdopt import api
 from sdopt.report import ComponentReport
 from tests.exporters import tiny
-
-DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+from tests.exporters.made import copy_of_digits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -18,11 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ComponentReport]:
     """What ``build`` says of every component, for two cards, with two profiles."""
-    bundle = tmp_path_factory.mktemp("rtx") / "bundle"
-    api.export(DIGITS, bundle, dtype="fp32")
-    api.optimize(bundle, "@fast")
     report = api.build(
-        bundle,
+        copy_of_digits(tmp_path_factory),
         "trt_rtx:dtype=fp16:sm=86+89",
         shapes="256x256..1024x1024,128x128",
         batch=(1, 2),
