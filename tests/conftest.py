@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Before a test imports them: these libraries read their settings once.
+# Before a test imports them: these libraries read their settings once. Where tests run beside each
+# other, threads that wait for one another in a busy loop would take the others' cores.
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_name, "2")
+    os.environ.setdefault(_name, _THREADS)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The terminal of whoever runs the tests must not decide how help and reports wrap.
