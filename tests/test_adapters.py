@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 import sdopt
@@ -26,6 +26,7 @@ from sdopt.targets.onnx import Onnx
 from tests import lora_files
 from tests.exporters import families
 from tests.exporters.families import FP16, FP32, distance
+from tests.exporters.made import copy_of
 from tests.test_cli import Shell
 
 SCALE = 0.7
@@ -46,18 +47,16 @@ SAME = ["model", "optimized", "fused", "hoisted", "ort_cpu"]
 class Made:
     """A pipeline, an adapter for it, both merged by diffusers, and a bundle with its stages."""
 
-    def __init__(self, root: Path) -> None:
-        self.source, self.bundle = root / "source", root / "bundle"
-        scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
-        families.sd1(StableDiffusionPipeline, self.source, root / "tokenizer", scheduler)
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        root = factory.mktemp("adapters")
+        self.source, self.bundle = copy_of("sd1-ddim", factory)
         pipeline = StableDiffusionPipeline.from_pretrained(self.source)
         self.lora = lora_files.write(pipeline, root / "style.safetensors")
         self.other = lora_files.write_kohya(pipeline, root / "other.safetensors", seed=5)
-        drawing = ["text_encoder", "unet", "vae_decoder"]
-        api.export(self.source, self.bundle, components=drawing)
+        adapted = ["text_encoder", "unet"]
         for stage, passes in STAGES.items():
-            api.optimize(self.bundle, passes, stage=stage, components=drawing[:2])
-        api.build(self.bundle, "ort", source="optimized", components=drawing[:2])
+            api.optimize(self.bundle, passes, stage=stage, components=adapted)
+        api.build(self.bundle, "ort", source="optimized", components=adapted)
         self.root = root
 
     def fused(self, *loras: tuple[Path, float]) -> Path:
@@ -69,7 +68,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("adapters"))
+    return Made(tmp_path_factory)
 
 
 def replaced(bundle: Path, component: str, stage: str, *loras: Any) -> Replaced:
@@ -442,15 +441,14 @@ def test_every_initializer_has_an_origin(made: Made) -> None:
 def xl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Path]:
     """Source, fused source, bundle and adapter of an XL pipeline."""
     root = tmp_path_factory.mktemp("xl")
-    families.sdxl(root / "source", root / "tokenizer")
-    pipeline = StableDiffusionXLPipeline.from_pretrained(root / "source", add_watermarker=False)
+    source, bundle = copy_of("sdxl", tmp_path_factory)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
     lora = lora_files.write(pipeline, root / "style.safetensors")
-    lora_files.fuse(StableDiffusionXLPipeline, root / "source", root / "fused", [(lora, SCALE)])
-    drawing = ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
-    api.export(root / "source", root / "bundle", components=drawing)
-    api.optimize(root / "bundle", "@fast")
-    api.optimize(root / "bundle", "@fast_fp16", stage="half", components=drawing[:3])
-    return root / "source", root / "fused", root / "bundle", lora
+    lora_files.fuse(StableDiffusionXLPipeline, source, root / "fused", [(lora, SCALE)])
+    adapted = ["text_encoder", "text_encoder_2", "unet"]
+    api.optimize(bundle, "@fast", components=[*adapted, "vae_decoder"])
+    api.optimize(bundle, "@fast_fp16", stage="half", components=adapted)
+    return source, root / "fused", bundle, lora
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])

@@ -22,6 +22,7 @@ from sdopt.pipeline import Pipeline, RunContext
 from sdopt.tolerance import FP32_REASSOCIATED, HALF
 from tests import toolkit, zoo_cases, zoo_numbers
 from tests.exporters import tiny
+from tests.exporters.made import copy_of
 from tests.toolkit import Arrays, leaves, model_of, ops, relative_l2, run
 
 OPSETS = range(11, 26)
@@ -398,11 +399,9 @@ def test_onnx_models_of_single_operators_compute_the_same(opset: int) -> None:
 @pytest.fixture(scope="module")
 def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion pipeline as a bundle, cleaned."""
-    folder = tmp_path_factory.mktemp("lower")
-    tiny.save(folder / "pipeline", folder / "tokenizer")
-    api.export(folder / "pipeline", folder / "bundle", dtype="fp32")
-    api.optimize(folder / "bundle", "@fast")
-    return folder / "bundle"
+    _, bundle = copy_of("sd1", tmp_path_factory)
+    api.optimize(bundle, "@fast")
+    return bundle
 
 
 FEEDS: dict[str, Arrays] = {

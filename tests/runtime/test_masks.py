@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
-from sdopt import api
 from sdopt.errors import UsageError
 from sdopt.runtime.generate import generate
 from tests.exporters import families
+from tests.exporters.made import copy_of
 
 DRAW: dict[str, Any] = {"steps": 4, "seed": 3}
 
@@ -23,11 +23,7 @@ DRAW: dict[str, Any] = {"steps": 4, "seed": 3}
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folder of a pipeline whose UNet has four channels, and its bundle."""
-    root = tmp_path_factory.mktemp("plain")
-    noise = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
-    families.sd1(StableDiffusionPipeline, root / "source", root / "tokenizer", noise)
-    api.export(root / "source", root / "bundle")
-    return root / "source", root / "bundle"
+    return copy_of("sd1-ddim", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
