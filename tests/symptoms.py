@@ -35,8 +35,10 @@ WIDE = (16384, 40960)
 
 
 def make(folder: Path) -> None:
-    """Put every model of the page into an empty folder."""
+    """Put every model of the page into a folder: empty, or with some of the pipelines there."""
     for name, (family, components) in PIPELINES.items():
+        if (folder / name).is_dir():
+            continue
         with tempfile.TemporaryDirectory() as scratch, adopted.quiet():
             made.MODELS[family][1](folder / name, Path(scratch) / "tokenizers")
         api.export(folder / name, folder / f"{name}-bundle", components=components)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import symptoms, troubleshooting
+from tests.exporters.made import once
 from tests.troubleshooting import Block, Command, alike, blocks, cut, differences, rewritten
 
 TEXT = troubleshooting.PAGE.read_text("utf-8")
@@ -20,6 +22,9 @@ Found = list[tuple[Block, list[list[str]]]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Every command of the page in order, with what it printed."""
     folder = tmp_path_factory.mktemp("troubleshooting")
+    source, bundle = once("sd35", tmp_path_factory)
+    shutil.copytree(source, folder / "sd35")
+    shutil.copytree(bundle, folder / "sd35-bundle")
     symptoms.make(folder)
     done = list(troubleshooting.outputs(TEXT, folder))
     said = [line for _, reals in done for real in reals for line in real]
