@@ -40,7 +40,7 @@ demo: $(STAMP) ## Export, optimize, build and run the digits model; leaves a PNG
 	@$(BIN)/python examples/demo.py
 
 test: lint ## Lint, types and every test (about 30 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(STAMP) ## The tests without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow'

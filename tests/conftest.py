@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -25,6 +26,19 @@ os.environ["NO_COLOR"] = "1"
 # A slow moment of the machine is no bug, and a run must be repeatable.
 settings.register_profile("sdopt", deadline=None, derandomize=True, database=None)
 settings.load_profile("sdopt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests, and end with the small ones.
+
+    A file runs in one process: one that begins late lets the others wait for it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    size = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -size[item.path]))
+
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
