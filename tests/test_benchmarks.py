@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import companions, make_checkpoint, measure
+from benchmarks import companions, images, make_checkpoint, measure
 from benchmarks import compile as compiling
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.compile_rows import PLANS, Places
@@ -188,3 +188,21 @@ def test_rows_start_from_what_another_row_makes(architecture: str, tmp_path: Pat
     for index, row in enumerate(rows.values()):
         assert all(name in names[:index] for name in (row.after, row.copies) if name)
         assert row.result not in row.fresh or row.tool or "export" in row.name
+
+
+@pytest.mark.slow
+def test_steps_and_images_are_measured_by_one_command(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = f"--work {tmp_path} --checkpoint {checkpoint} --target ort --shapes 64x64"
+    monkeypatch.setattr(sys, "argv", f"images.py {options} --steps 3 --rounds 2".split())
+    images.main()
+    (unet,) = json.loads((tmp_path / "steps.json").read_text())["components"]
+    assert [row["row"] for row in unet["rows"]] == ["exact", "deep"]
+    assert unet["rows"][1]["calls"] == {"main": 2, "shallow": 4}
+    found = json.loads((tmp_path / "images.json").read_text())["images"]
+    assert [row["row"] for row in found["rows"]] == ["exact"]
+    assert "images, seconds each: 64x64 pixels, 3 steps of DDIM" in capsys.readouterr().out
