@@ -9,8 +9,9 @@ from sdopt import pages, registry, spec
 from sdopt.passes.base import Pass
 from sdopt.pipeline import Pipeline
 from sdopt.spec import Item
+from sdopt.ui import specs
 
-REFUSED = ("graphsurgeon",)
+REFUSED = tuple(name for name in specs.RUN if name in registry.PASSES)
 """Passes that run code which a text names: not for whoever can open a page."""
 
 DEFAULT = "@fast"

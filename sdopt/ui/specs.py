@@ -14,7 +14,7 @@ from sdopt.ui.workspace import Workspace
 
 _FILES = ("cache", "data", "file")
 """Options of passes and targets that name a file or a folder."""
-_RUN = {"graphsurgeon": "function", "tpu": "python"}
+RUN = {"graphsurgeon": "function", "tpu": "python"}
 """What runs a user's own code, and the option that names it."""
 
 
@@ -58,7 +58,7 @@ def adapter(workspace: Workspace, name: str, scale: float = 1.0) -> str:
 
 def _checked(workspace: Workspace, one: Any, item: spec.Item) -> spec.Item:
     """The item that makes the same as ``item``, of which ``one`` was made, with plain paths."""
-    runs = _RUN.get(item.name)
+    runs = RUN.get(item.name)
     if runs is not None and getattr(one, runs):
         raise UsageError(
             f"{item.name} with {runs} runs code, and the page does not",
