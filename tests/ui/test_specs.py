@@ -97,7 +97,7 @@ def test_every_option_that_names_a_file_is_known() -> None:
     """An option called otherwise would be looked at as text; this fails when one is added."""
     plain = {"keep", "prompt", "step", "steps", "cut", "axes", "soc", "at", "batch", "dims", "sm"}
     plain |= {"stage"}  # a name, which check_stage_name holds to one
-    known = plain | {"chip", *specs._FILES, *specs._RUN.values()}
+    known = plain | {"chip", *specs._FILES, *specs.RUN.values()}
     for kind in ("passes", "targets"):
         for name, place in registry.table(kind).items():
             if place.startswith("sdopt."):
