@@ -236,6 +236,8 @@ def test_the_command_prints_its_result_alone_though_a_node_is_lost(
         time.sleep(0.05)
     kill(cluster, next(iter(cluster.worker_nodes)))
     out, err = driver.communicate(timeout=120)
+    cluster.add_node(**NODE, num_gpus=1)  # for the tests that come after
+    cluster.wait_for_nodes()
     assert driver.returncode == 0, err
     found = json.loads(out)
     assert [(one["state"], one["score"]) for one in found["points"]] == [("done", 0.5)] * 2
