@@ -84,7 +84,8 @@ def recipe_tab(shared: Shared, page: gr.Blocks) -> None:
             found = recipes.expanded(text)
         except SdoptError as error:
             return [gr.skip(), gr.skip(), notice_html("", error, spoken(request)), count]
-        return [found, recipes.names(found), "", count + 1]
+        chosen = [name for name in recipes.names(found) if name in known]
+        return [found, chosen, "", count + 1]
 
     def judged(request: gr.Request, text: str) -> str:
         try:
@@ -170,7 +171,9 @@ def _fields(toggle: recipes.Toggle, text: str, recipe: gr.Textbox) -> None:
 
             def put(value: str, text: str, name: str = option.name) -> Any:
                 try:
-                    return recipes.with_option(text, toggle, name, value)
+                    # The toggle itself may be on its way: a field is quicker than its answer.
+                    named = recipes.toggled(text, [*recipes.names(text), toggle.name])
+                    return recipes.with_option(named, toggle, name, value)
                 except SdoptError:  # said below the recipe
                     return gr.skip()
 

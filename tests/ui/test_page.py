@@ -22,6 +22,8 @@ DIGITS = ROOT / "examples" / "digits"
 LONG = 120_000
 """Milliseconds that a job may take on a busy machine."""
 
+expect.set_options(timeout=30_000)  # the machine of the tests has other things to do
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
