@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Export, optimize, build and run the digits model; leaves a PNG sheet and a summary
 	@$(BIN)/python examples/demo.py
 
-test: lint ## Lint, types and every test (about 30 minutes on 2 cores)
+test: lint ## Lint, types and every test (about 32 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(STAMP) ## The tests without the slow ones
