@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import expect
 
 from tests.browser import browsing, opened
-from tests.ui.test_page import choose, come, ended, press, serving, tab
+from tests.ui.test_page import come, draw_beside_raw, ended, press, serving, tab, try_merging
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -62,24 +61,13 @@ def ui() -> None:
         page = one.page
         come(page, address)
         tab(page, "2 Recipe")
-        page.get_by_role("checkbox", name=re.compile("tome: ")).check()
-        page.get_by_label("tome: blocks").fill("3")
-        expect(page.get_by_label("Recipe")).to_have_value(re.compile("tome=3"))
-        press(page, "Dry run")
-        ended(page, "dry run optimized")
+        try_merging(page)
         page.set_viewport_size({"width": WIDTH, "height": TALL})
         page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=IMAGES / "ui-recipe.png", scale="css")
         press(page, "Optimize and build")
         ended(page, "optimize optimized, build ort")
-        tab(page, "Draw")
-        page.locator("#prompt textarea").fill("a handwritten seven\na handwritten two")
-        page.get_by_label("Steps").locator("visible=true").fill("10")
-        page.get_by_label("Guidance scale").locator("visible=true").fill("2")
-        choose(page, "Runs", "ort_cpu")
-        choose(page, "Draw the same by", "model")
-        press(page, "Draw")
-        ended(page, "draw a handwritten seven")
+        draw_beside_raw(page, 10)
         expect(page.locator("#ab img").first).to_be_visible()
         page.wait_for_timeout(1000)
         page.screenshot(path=IMAGES / "ui-draw.png", full_page=True, scale="css")

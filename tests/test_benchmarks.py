@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import companions, images, make_checkpoint, measure
+from benchmarks import companions, images, make_checkpoint, measure, operators
 from benchmarks import compile as compiling
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.compile_rows import PLANS, Places
@@ -206,3 +207,25 @@ def test_steps_and_images_are_measured_by_one_command(
     found = json.loads((tmp_path / "images.json").read_text())["images"]
     assert [row["row"] for row in found["rows"]] == ["exact"]
     assert "images, seconds each: 64x64 pixels, 3 steps of DDIM" in capsys.readouterr().out
+
+
+def test_operators_of_token_merging_are_timed_and_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = operators.arrays(2, 64, 8)
+    found = {
+        name: onnxruntime.InferenceSession(
+            operators.model(name, given).SerializeToString(), providers=["CPUExecutionProvider"]
+        ).run(None, {key: given[key] for key in inputs if key in given})
+        for name, (_, inputs, _, _) in operators.OPERATORS.items()
+    }
+    best, place = found["TopK of one"]
+    np.testing.assert_array_equal(found["ArgMax"][0], place)
+    np.testing.assert_array_equal(found["ReduceMax"][0], best)
+    summed = found["one-hot product"][0], found["ScatterElements that adds"][0]
+    np.testing.assert_allclose(*summed, rtol=1e-5, atol=1e-5)
+    options = "--provider cpu --tokens 64 --channels 8 --count 2"
+    monkeypatch.setattr(sys, "argv", f"operators.py {options}".split())
+    operators.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(operators.OPERATORS)

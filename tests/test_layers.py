@@ -20,7 +20,7 @@ LAYERS = (
     ("manifest",),
     ("blocks",),
     ("weights",),
-    ("graph", "datafile", "session", "safetensors_header", "companions", "origins"),
+    ("graph", "datafile", "session", "safetensors_header", "companions", "origins", "locking"),
     ("fingerprint", "onnx_metadata", "wellformed"),
     ("modelfile",),
     ("tolerance", "registry", "flops", "artifacts", "recorded"),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdopt import datafile, registry
+from sdopt import datafile, locking, registry
 from sdopt.bundle import Bundle, Stage
-from sdopt.errors import UsageError, storage_error
+from sdopt.errors import UsageError
 from sdopt.evaluating import scoring
 from sdopt.evaluating.figures import Scores, difference, figures
 from sdopt.evaluating.gallery import STRIDE, Gallery, Task, deciding
@@ -117,7 +114,7 @@ def evaluate(
     }
     settings = {**options, "seed": seed, "target": str(registry.make("targets", target))}
     folder = Path(output)
-    with _locked(folder):
+    with locking.alone_in(folder, "evaluates"):
         jobs = []
         for name, found in _chosen(opened, opener(target), stages).items():
             gallery = Gallery(folder / name, deciding(opened, found, settings))
@@ -181,27 +178,6 @@ def _chosen(bundle: Bundle, target: Opener, stages: Sequence[str]) -> dict[str, 
         found = choose_stages(bundle, target, None, image_to_image=False)
         return {found[runner_of(bundle).denoiser].name: found}
     return {name: choose_stages(bundle, target, name, image_to_image=False) for name in stages}
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise storage_error(error, f"make {folder}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                "another sdopt evaluates into this folder",
-                where=str(folder),
-                hint="wait for it to end, or use another folder (-o)",
-            ) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def _draw(job: _Job, order: Order, batch: int, targets: Sequence[str], progress: Progress) -> None:

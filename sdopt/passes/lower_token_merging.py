@@ -26,8 +26,8 @@ class LowerTokenMerging(Pass):
     Applies when: a TopK asks for the one largest value of the last axis, whoever wrote it; and a
     one-hot matrix of whole numbers against a range is what multiplies tokens, as ``tome`` writes
     it. onnxruntime 1.31's TopK reads a row many times over, and a product with a one-hot matrix
-    reads as many zeros: at 16384 tokens that took 2.7 and 1.0 ms on an H100, and takes 0.15 and
-    0.1 so. TensorRT-RTX refuses a ScatterElements that adds, hence not in ``tome`` itself.
+    reads as many zeros (``benchmarks/operators.py`` times both). TensorRT-RTX refuses a
+    ScatterElements that adds, hence not in ``tome`` itself.
 
     Numerics: reassociated: a sum's order is that in which the card's threads come.
 

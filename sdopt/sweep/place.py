@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdopt import reading
-from sdopt.errors import UsageError, storage_error
+from sdopt.errors import storage_error
 from sdopt.sweep.records import Outcome
 
 BUNDLE, IMAGES, OUTCOMES = "bundle", "images", "outcomes"
@@ -68,33 +68,6 @@ class Place:
         """
         with waiting_lock(self.root / ".bundle.lock") as waited:
             yield waited
-
-
-@contextlib.contextmanager
-def driving(folder: Path) -> Iterator[None]:
-    """Be the one that runs the sweep of a folder.
-
-    Raises:
-        UsageError: another process does.
-        StorageError: the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise storage_error(error, f"make {folder}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                "another sdopt sweeps into this folder",
-                where=str(folder),
-                hint="wait for it to end, or use another folder (-o)",
-            ) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

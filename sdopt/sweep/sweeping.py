@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdopt import datafile
+from sdopt import datafile, locking
 from sdopt.bundle import RAW, Bundle
 from sdopt.errors import UsageError
 from sdopt.packing import pack
@@ -18,7 +18,7 @@ from sdopt.sweep import provenance, report
 from sdopt.sweep.candidate import Candidate
 from sdopt.sweep.engines.base import Engine
 from sdopt.sweep.frontier import Values, beats
-from sdopt.sweep.place import RAW_FILES, Place, driving
+from sdopt.sweep.place import RAW_FILES, Place
 from sdopt.sweep.planning import Planner
 from sdopt.sweep.records import Outcome, Task
 from sdopt.sweep.result import Result
@@ -75,7 +75,7 @@ def run(
     _refuse_inside(opened, root)
     sampler = (sampling or Sampling()).make(space, settings.axes)
     planner = Planner(opened, settings)
-    with driving(root):
+    with locking.alone_in(root, "sweeps"):
         store = Store(root / FILE, writes=True)
         try:
             place = Place(root / WORK)

@@ -75,8 +75,8 @@ def recipe_tab(shared: Shared, page: gr.Blocks) -> None:
     def toggled(chosen: list[str], text: str) -> Any:
         try:
             made = recipes.toggled(text, chosen)
-        except SdoptError:  # the complaint below the text says so; a toggle begins anew
-            made = ",".join(chosen)
+        except SdoptError:  # what cannot be read is said below the text, and stays
+            return gr.skip()
         return made if made != text else gr.skip()
 
     def typed(request: gr.Request, text: str, count: int) -> list[Any]:

@@ -15,11 +15,12 @@ from PIL import Image
 from sdopt import api
 from sdopt.bundle import Bundle
 from sdopt.errors import MissingDependencyError, SdoptError, UsageError
+from sdopt.locking import alone_in
 from sdopt.sweep import applying, report
 from sdopt.sweep.asking import Asked, asked
 from sdopt.sweep.engines.base import OnDone, Schedule
 from sdopt.sweep.engines.inline import Inline
-from sdopt.sweep.place import Place, driving
+from sdopt.sweep.place import Place
 from sdopt.sweep.records import Outcome, Task
 from sdopt.sweep.result import Result
 from sdopt.sweep.sweeping import run
@@ -219,7 +220,7 @@ def test_a_folder_is_of_one_sweep_and_says_what_differs(
     more = sweep(bundle, tmp_path / "s", **{**options, "passes": ["clean", ""]})
     assert [one.recipe for one in more.points] == ["clean", ""]
     assert more.points[0].samples == first.points[0].samples
-    with driving(tmp_path / "s"), pytest.raises(UsageError, match="another sdopt"):
+    with alone_in(tmp_path / "s", "sweeps"), pytest.raises(UsageError, match="another sdopt"):
         sweep(bundle, tmp_path / "s", **options)
     with pytest.raises(UsageError, match="not in it"):
         sweep(bundle, bundle / "sweep", **options)

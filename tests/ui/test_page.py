@@ -94,6 +94,27 @@ def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).last.click()  # the list that opened last
 
 
+def try_merging(page: Page) -> None:
+    """A dry run of the recipe with three merged self-attentions."""
+    page.get_by_role("checkbox", name=re.compile("tome: ")).check()
+    page.get_by_label("tome: blocks").fill("3")
+    expect(page.get_by_label("Recipe")).to_have_value(re.compile("tome=3"))
+    press(page, "Dry run")
+    ended(page, "dry run optimized")
+
+
+def draw_beside_raw(page: Page, steps: int) -> None:
+    """Draw two prompts by the build and by the raw graph."""
+    tab(page, "Draw")
+    page.locator("#prompt textarea").fill("a handwritten seven\na handwritten two")
+    page.get_by_label("Steps").locator("visible=true").fill(str(steps))
+    page.get_by_label("Guidance scale").locator("visible=true").fill("2")
+    choose(page, "Runs", "ort_cpu")
+    choose(page, "Draw the same by", "model")
+    press(page, "Draw")
+    ended(page, "draw a handwritten seven")
+
+
 def drawn(page: Page, selector: str) -> list[tuple[int, int]]:
     """The sizes of images, as the browser decoded them."""
     script = "all => all.map(one => [one.naturalWidth, one.naturalHeight])"
@@ -121,11 +142,7 @@ def test_from_a_single_file_to_images(checkpoint: Path, tmp_path: Path) -> None:
         assert (tmp_path / "tiny" / "unet" / "model.onnx").is_file()
 
         tab(page, "2 Recipe")
-        page.get_by_role("checkbox", name=re.compile("tome: ")).check()
-        page.get_by_label("tome: blocks").fill("3")
-        expect(page.get_by_label("Recipe")).to_have_value(re.compile("tome=3"))
-        press(page, "Dry run")
-        ended(page, "dry run optimized")
+        try_merging(page)
         expect(page.locator("#panel")).to_contain_text("self_attention 3/")
         expect(page.locator("#panel figure img").first).to_be_visible()
         assert not (tmp_path / "tiny" / "unet" / "optimized.onnx").exists()
@@ -133,14 +150,7 @@ def test_from_a_single_file_to_images(checkpoint: Path, tmp_path: Path) -> None:
         ended(page, "optimize optimized, build ort")
         assert (tmp_path / "tiny" / "unet" / "ort_cpu.onnx").is_file()
 
-        tab(page, "Draw")
-        page.locator("#prompt textarea").fill("a handwritten seven\na handwritten two")
-        page.get_by_label("Steps").locator("visible=true").fill("4")
-        page.get_by_label("Guidance scale").locator("visible=true").fill("2")
-        choose(page, "Runs", "ort_cpu")
-        choose(page, "Draw the same by", "model")
-        press(page, "Draw")
-        ended(page, "draw a handwritten seven")
+        draw_beside_raw(page, 4)
         shown = page.locator("#images .thumbnail-item img, #images .grid-container img")
         expect(shown).to_have_count(4, timeout=LONG)
         assert drawn(page, "#images img") == [(128, 128)] * 4
